@@ -1,0 +1,137 @@
+"""Tiles: how a pointwise kernel walks tensors of any layout with one body.
+
+The host (retainops/ops/_tiles.py) merges the dims of all operands into as few as possible and hands each tensor
+over as an `Operand`. The last two merged dims are cut into tiles of (BLOCK_M, BLOCK_N), one a program; the dims
+before them are counted off by the program index. For dense tensors everything merges into a single dim, (1, n).
+
+A stride of None marks a dim in which the tensor does not move (it is broadcast there, or the dim has one element).
+None and 1 are compile-time constants to Triton, so a broadcast costs no address arithmetic and a stride of one
+gives 128-bit accesses. Offsets are int64 wherever they can be large.
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+
+class Operand(NamedTuple):
+    """A tensor as kernels take it; `ptr` is None for an output nobody wants."""
+
+    ptr: Any
+    strides: tuple  # one a dim of SHAPE, in elements; None: does not move in this dim
+
+
+class Partial(NamedTuple):
+    """Where a tile leaves its share of a gradient that is summed over the dims in which its input was broadcast."""
+
+    ptr: Any
+    strides: tuple  # as in Operand; None in the summed dims of the tile
+    tiles: tuple  # one a dim: elements from one tile's share to the next tile's, None where nothing is summed
+
+
+class Retained(NamedTuple):
+    """Where a retained gradient goes; `ptr` is None for one nobody asked for."""
+
+    ptr: Any
+    strides: tuple
+    accumulate: Any  # 1: add to what is there; None: overwrite
+
+
+@triton.jit
+def tile(SHAPE, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """This program's tile: (outer index, first row, first column, whether it lies inside SHAPE as a whole)."""
+    tiles_n = tl.cdiv(SHAPE[-1], BLOCK_N)
+    tiles_m = tl.cdiv(SHAPE[-2], BLOCK_M)
+    pid = tl.program_id(0)
+    n = (pid % tiles_n).to(tl.int64) * BLOCK_N
+    m = (pid // tiles_n % tiles_m).to(tl.int64) * BLOCK_M
+    whole = (m + BLOCK_M <= SHAPE[-2]) & (n + BLOCK_N <= SHAPE[-1])
+    return pid // tiles_n // tiles_m, m, n, whole
+
+
+@triton.jit
+def pointers(X, at, SHAPE, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Pointers to X's part of the tile, of shape (BLOCK_M or 1, BLOCK_N or 1): 1 where X does not move."""
+    z, m, n, _whole = at
+    p = X.ptr
+    for i in tl.static_range(len(SHAPE) - 2):
+        d: tl.constexpr = len(SHAPE) - 3 - i
+        if X.strides[d] is not None:
+            p += (z % SHAPE[d]).to(tl.int64) * X.strides[d]
+        z = z // SHAPE[d]
+    if X.strides[-2] is not None:
+        p = p + (m + tl.arange(0, BLOCK_M))[:, None] * X.strides[-2]
+    else:
+        p = p + tl.zeros((1, 1), tl.int32)
+    if X.strides[-1] is not None:
+        p = p + (n + tl.arange(0, BLOCK_N))[None, :] * X.strides[-1]
+    return p
+
+
+@triton.jit
+def inside(X, at, SHAPE, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Which of `pointers` lie inside SHAPE."""
+    _z, m, n, _whole = at
+    ok = tl.full((1, 1), True, tl.int1)
+    if X.strides[-2] is not None:
+        ok = ok & (m + tl.arange(0, BLOCK_M) < SHAPE[-2])[:, None]
+    if X.strides[-1] is not None:
+        ok = ok & (n + tl.arange(0, BLOCK_N) < SHAPE[-1])[None, :]
+    return ok
+
+
+@triton.jit
+def load(X, at, SHAPE, DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """X's part of the tile as DTYPE; zero outside SHAPE.
+
+    A mask makes Triton split a 128-bit access unless the length divides by 16, so only ragged tiles have one.
+    """
+    p = pointers(X, at, SHAPE, BLOCK_M, BLOCK_N)
+    if at[3]:
+        x = tl.load(p)
+    else:
+        x = tl.load(p, mask=inside(X, at, SHAPE, BLOCK_M, BLOCK_N), other=0.0)
+    return x.to(DTYPE)
+
+
+@triton.jit
+def store(X, x, at, SHAPE, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Round the tile `x` to X's dtype and store it."""
+    p = pointers(X, at, SHAPE, BLOCK_M, BLOCK_N)
+    x = tl.broadcast_to(x, (BLOCK_M, BLOCK_N)).to(X.ptr.dtype.element_ty)
+    if at[3]:
+        tl.store(p, x)
+    else:
+        tl.store(p, x, mask=inside(X, at, SHAPE, BLOCK_M, BLOCK_N))
+
+
+@triton.jit
+def store_grad(DX, dx, at, SHAPE, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Store an input's gradient: an `Operand`'s as it is, a `Partial`'s summed over the tile, None's not at all."""
+    if DX.ptr is not None:
+        if len(DX) == 2:
+            store(DX, dx, at, SHAPE, BLOCK_M, BLOCK_N)
+        else:
+            _z, m, n, _whole = at
+            rows = m + tl.arange(0, BLOCK_M) < SHAPE[-2]
+            cols = n + tl.arange(0, BLOCK_N) < SHAPE[-1]
+            # Outside SHAPE dx need not be 0: an operand that is broadcast is not masked, and 0 * inf is nan.
+            dx = tl.where(rows[:, None] & cols[None, :], tl.broadcast_to(dx, (BLOCK_M, BLOCK_N)), 0.0)
+            p = pointers(DX, at, SHAPE, BLOCK_M, BLOCK_N)
+            if DX.tiles[-2] is not None:
+                dx = tl.sum(dx, axis=0, keep_dims=True)
+                p += m // BLOCK_M * DX.tiles[-2]
+            if DX.tiles[-1] is not None:
+                dx = tl.sum(dx, axis=1, keep_dims=True)
+                p += n // BLOCK_N * DX.tiles[-1]
+            tl.store(p, dx, mask=inside(DX, at, SHAPE, BLOCK_M, BLOCK_N))
+
+
+@triton.jit
+def retain(DC, dc, at, SHAPE, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Keep the gradient `dc` of an interior point, if anybody asked: the one line a kernel writes for each point."""
+    if DC.ptr is not None:
+        if DC.accumulate is not None:
+            dc += load(DC, at, SHAPE, dc.dtype, BLOCK_M, BLOCK_N)
+        store(DC, dc, at, SHAPE, BLOCK_M, BLOCK_N)

@@ -1,0 +1,9 @@
+"""Fused Triton ops for PyTorch whose interior values can still be asked for their gradient."""
+
+from retainops._version import __version__
+from retainops.dispatch import backend, explain
+from retainops.ops import mul_sin
+from retainops.points import points
+from retainops.slots import Into, Retained, Slot
+
+__all__ = ["Into", "Retained", "Slot", "__version__", "backend", "explain", "mul_sin", "points"]

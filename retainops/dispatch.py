@@ -1,0 +1,199 @@
+"""Which path a call takes, and why.
+
+There are two: the Triton kernels, and the reference (the op's definition in plain PyTorch, with the same semantics
+and points). The kernels take dense floating-point tensors on a GPU; whatever they cannot take goes to the reference,
+so an op accepts all that eager PyTorch accepts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+
+from retainops.points import no_grad, reader, unretained
+from retainops.registry import Op, find
+from retainops.slots import Into, Retained, Slot, share_memory
+
+BACKENDS = ("auto", "triton", "reference")
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+_kernel_devices = {"cuda"}
+_chosen: ContextVar[str | None] = ContextVar("retainops_backend", default=None)
+
+
+def _named(backend: str, source: str) -> str:
+    if backend not in BACKENDS:
+        raise ValueError(f"{source}: unknown backend {backend!r}; expected one of {', '.join(BACKENDS)}")
+    return backend
+
+
+_default = _named(os.environ.get("RETAINOPS_BACKEND", "auto"), "RETAINOPS_BACKEND")
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Choose the path of every call in this thread inside the `with`.
+
+    Args:
+        name: "auto" (the kernels where they can, else the reference), "triton" (the kernels, or an error that
+            says why not), "reference". The environment variable RETAINOPS_BACKEND sets the default.
+
+    Raises:
+        ValueError: an unknown name.
+        RuntimeError: "triton" where triton is not installed or there is no device for it.
+
+    Example:
+        >>> with ro.backend("reference"):
+        ...     y = ro.mul_sin(a, b)
+    """
+    if _named(name, "backend") == "triton":
+        if not HAS_TRITON:
+            raise RuntimeError('backend: "triton" was asked for and triton is not installed; pip install triton')
+        if _kernel_devices == {"cuda"} and not torch.cuda.is_available():
+            raise RuntimeError(
+                'backend: "triton" was asked for and there is no GPU; use "auto" or "reference", or simulate one '
+                "with retainops.testing.simulated_gpu()"
+            )
+    token = _chosen.set(name)
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+@contextlib.contextmanager
+def kernels_on(device_type: str) -> Iterator[None]:
+    """Inside the `with`, tensors on this type of device take the kernels too (a simulated GPU's are "cpu")."""
+    added = device_type not in _kernel_devices
+    _kernel_devices.add(device_type)
+    try:
+        yield
+    finally:
+        if added:
+            _kernel_devices.discard(device_type)
+
+
+def ambient() -> str | None:
+    """What is going on around this call that must see PyTorch's own operations, or None."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "a torch.func transform is active"
+    if torch._C._len_torch_dispatch_stack():
+        return "a dispatch mode (fake tensors, tracing, counting) is active"
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation is active"
+    if torch.jit.is_tracing():
+        return "torch.jit is tracing"
+    return None
+
+
+def plain(t: torch.Tensor) -> bool:
+    """Whether a kernel can read this tensor's memory as it stands."""
+    return (
+        (type(t) is torch.Tensor or type(t) is torch.nn.Parameter)
+        and t.layout == torch.strided
+        and t.device.type in _kernel_devices
+        and not t.is_neg()
+    )
+
+
+def why_reference(op: Op, inputs: tuple[Any, ...]) -> str | None:
+    """Why this call takes the reference path; None: it takes the kernels."""
+    if torch.compiler.is_compiling():
+        return "torch.compile is tracing: Inductor fuses the reference with its neighbours"
+    if (_chosen.get() or _default) == "reference":
+        return 'the backend is "reference"'
+    if not HAS_TRITON:
+        return "triton is not installed"
+    if around := ambient():
+        return around
+    for x in inputs:
+        if isinstance(x, torch.Tensor) and not plain(x):
+            return _not_plain(x)
+    return op.refuses(*inputs)
+
+
+def _not_plain(t: torch.Tensor) -> str:
+    if type(t) not in (torch.Tensor, torch.nn.Parameter):
+        return f"an input is a {type(t).__name__}, a subclass of Tensor"
+    if t.device.type not in _kernel_devices:
+        return f"an input is on {t.device}, and the kernels run on {' and '.join(sorted(_kernel_devices))}"
+    if t.layout != torch.strided:
+        return f"an input has the layout {t.layout}"
+    return "an input is a lazily negated view"
+
+
+def run(op: Op, inputs: tuple[Any, ...], retain: Retained | None) -> torch.Tensor:
+    """Call an op: check the request, choose the path, take it."""
+    slots = {} if retain is None else requested(op, inputs, retain)
+    why = why_reference(op, inputs)
+    if why is None:
+        return op.launch(inputs, slots)
+    if (_chosen.get() or _default) == "triton" and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            f'{op.name}: the backend is "triton", and the kernels cannot take this call: {why}; '
+            'use backend("auto") to let it take the reference path'
+        )
+    return op.reference(*inputs, reader(op.name, slots) if slots else unretained)
+
+
+def requested(op: Op, inputs: tuple[Any, ...], retain: Retained) -> Mapping[str, Slot]:
+    """The slots of a request, once it is known to be one that this call can answer.
+
+    Raises:
+        TypeError: `retain` is not a `Retained`.
+        KeyError: it names a point that the op does not have.
+        RuntimeError: no gradient will reach the points, or none could be kept (torch.func, torch.compile).
+        ValueError: an `Into` buffer shares memory with an input.
+    """
+    if not isinstance(retain, Retained):
+        raise TypeError(
+            f"{op.name}: retain is {type(retain).__name__}; expected retainops.Retained, "
+            f'such as Retained("{op.points[0].name}")'
+        )
+    names = [p.name for p in op.points]
+    for name in retain:
+        if name not in names:
+            raise KeyError(f"{op.name}: unknown point '{name}'; its points are: {', '.join(names)}")
+    if torch.compiler.is_compiling():
+        raise RuntimeError(f"{op.name}: retain= inside torch.compile is not supported yet; call it outside")
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise RuntimeError(
+            f"{op.name}: retain= inside a torch.func transform: a leaf made outside it gets no gradient there (nor "
+            "does retain_grad() work); use torch.autograd, or write the interior as an input of the function"
+        )
+    tensors = [x for x in inputs if isinstance(x, torch.Tensor)]
+    if not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
+        raise no_grad(op.name, next(iter(retain)))
+    for slot in retain.values():
+        if isinstance(slot.want, Into) and any(share_memory(slot.want.buffer, t) for t in tensors):
+            raise ValueError(
+                f"{op.name}: the Into buffer for point '{slot.name}' shares memory with an input, which backward "
+                "still reads; pass a buffer of its own"
+            )
+    return retain
+
+
+def explain(op: Callable[..., Any] | str, *inputs: Any) -> str:
+    """Say in a sentence which path a call takes, and why.
+
+    Args:
+        op: a function of retainops, or its name.
+        *inputs: what it would be called with.
+
+    Example:
+        >>> ro.explain(ro.mul_sin, torch.ones(3), 2.0)
+        'mul_sin takes the reference path: an input is on cpu, and the kernels run on cuda.'
+    """
+    record = find(op)
+    why = why_reference(record, inputs)
+    if why is None:
+        where = next(x.device for x in inputs if isinstance(x, torch.Tensor))
+        return f"{record.name} takes the Triton kernels: every input is a dense floating-point tensor on {where}."
+    return f"{record.name} takes the reference path: {why}."

@@ -1,0 +1,64 @@
+"""Checks of inputs that ops share. Each message names the op, the argument, what it was, and what to do."""
+
+from __future__ import annotations
+
+import numbers
+from typing import Any
+
+import torch
+
+KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_elementwise(op: str, **inputs: Any) -> None:
+    """Inputs of an elementwise op: tensors that broadcast, on one device; Python numbers among them.
+
+    Raises:
+        TypeError: an input is neither a tensor nor a number, or none is a tensor.
+        RuntimeError: shapes that do not broadcast, or devices that differ.
+    """
+    if torch.compiler.is_compiling():
+        return  # shapes may be symbolic here, and eager's own errors come out of the trace
+    tensors = {}
+    for name, x in inputs.items():
+        if isinstance(x, torch.Tensor):
+            tensors[name] = x
+        elif not isinstance(x, numbers.Number):
+            raise TypeError(f"{op}: {name} is {type(x).__name__}; expected a torch.Tensor or a Python number")
+    if not tensors:
+        raise TypeError(f"{op}: {' and '.join(inputs)} are all numbers; expected a torch.Tensor among them")
+    first, *others = tensors.values()
+    for t in others:
+        if t.shape != first.shape:
+            _check_broadcast(op, tensors)
+        # A 0-dim CPU tensor goes with any device, as in eager PyTorch.
+        if t.device != first.device and not (_is_cpu_scalar(t) or _is_cpu_scalar(first)):
+            where = ", ".join(f"{name} is on {t.device}" for name, t in tensors.items())
+            raise RuntimeError(f"{op}: {where}; expected all on one device: move them with .to(device)")
+
+
+def _is_cpu_scalar(t: torch.Tensor) -> bool:
+    return t.dim() == 0 and t.device.type == "cpu"
+
+
+def _check_broadcast(op: str, tensors: dict[str, torch.Tensor]) -> None:
+    try:
+        torch.broadcast_shapes(*(t.shape for t in tensors.values()))
+    except RuntimeError:
+        shapes = " and ".join(f"{name} of shape {tuple(t.shape)}" for name, t in tensors.items())
+        raise RuntimeError(
+            f"{op}: {shapes} do not broadcast: aligned from the right, sizes must be equal or 1; "
+            "reshape one of them, or unsqueeze() a dim"
+        ) from None
+
+
+def refuses_dtypes(*inputs: Any) -> str | None:
+    """Why kernels for floating-point tensors cannot take these inputs, or None."""
+    for x in inputs:
+        if isinstance(x, torch.Tensor):
+            if x.dtype not in KERNEL_DTYPES:
+                return f"an input is {x.dtype}, and the kernels take float16, bfloat16, float32 and float64"
+        elif isinstance(x, complex):
+            return "an input is a complex number"
+    devices = {x.device for x in inputs if isinstance(x, torch.Tensor)}
+    return f"the inputs are on {' and '.join(map(str, devices))}" if len(devices) > 1 else None

@@ -1,0 +1,81 @@
+"""The registry: one record per op. Tests, `check`, `bench`, `points` and the docs are written once, over it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+Point = Callable[[str, torch.Tensor], torch.Tensor]
+"""What a reference calls at its interior values: `c = point("c", a * b)`; it returns the value itself."""
+
+
+@dataclass(frozen=True)
+class PointInfo:
+    """One interior value that can be retained.
+
+    Attributes:
+        name: as in `Retained(name)`.
+        formula: the value, in the symbols of the op's page, reference and kernel.
+        shape: in words, such as "broadcast of a and b".
+    """
+
+    name: str
+    formula: str
+    shape: str
+
+
+@dataclass(frozen=True)
+class Op:
+    """All that the rest of the library knows about one op.
+
+    Attributes:
+        name: the public name, also the stem of its files.
+        call: the public function.
+        formula: what it computes, in one line.
+        points: its interior values, in forward order.
+        reference: `reference(*inputs, point)`: the definition, in plain PyTorch.
+        launch: `launch(inputs, slots)` runs the Triton path; `slots` maps point names to bound-to-be `Slot`s.
+        refuses: `refuses(*inputs)` says why the kernels cannot take these inputs, or None.
+        sample: `sample(shape, dtype, device, generator)` makes inputs for tests and benchmarks.
+        traffic: `traffic(*inputs)` is the fewest bytes that (forward, backward, each retained point) must move.
+    """
+
+    name: str
+    call: Callable[..., torch.Tensor]
+    formula: str
+    points: tuple[PointInfo, ...]
+    reference: Callable[..., torch.Tensor]
+    launch: Callable[..., torch.Tensor]
+    refuses: Callable[..., str | None]
+    sample: Callable[..., tuple[Any, ...]]
+    traffic: Callable[..., tuple[int, int, int]]
+
+
+_ops: dict[str, Op] = {}
+
+
+def register(op: Op) -> Op:
+    """Add an op; its name and its public function must be new."""
+    assert op.name not in _ops, op.name
+    _ops[op.name] = op
+    return op
+
+
+def ops() -> Iterator[Op]:
+    """Every op, in the order of registration."""
+    return iter(_ops.values())
+
+
+def find(op: Op | str | Callable[..., Any]) -> Op:
+    """The record of an op given by name, by its public function, or by itself.
+
+    Raises:
+        KeyError: there is none; the message lists what there is.
+    """
+    for record in _ops.values():
+        if op is record or op == record.name or op is record.call:
+            return record
+    raise KeyError(f"{getattr(op, '__name__', op)!r} is not an op of retainops; there are: {', '.join(_ops)}")

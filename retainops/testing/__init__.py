@@ -1,0 +1,1 @@
+"""Verifying kernels with or without a GPU."""
