@@ -16,18 +16,15 @@ import triton.language as tl
 
 
 class Operand(NamedTuple):
-    """A tensor as kernels take it; `ptr` is None for an output nobody wants."""
+    """A tensor as kernels take it; `ptr` is None for an output nobody wants.
+
+    A gradient that is summed over broadcast dims is written as partial sums, one share a tile: its strides are None
+    in the summed dims of the tile, and `tiles` says how far one tile's share is from the next one's.
+    """
 
     ptr: Any
     strides: tuple  # one a dim of SHAPE, in elements; None: does not move in this dim
-
-
-class Partial(NamedTuple):
-    """Where a tile leaves its share of a gradient that is summed over the dims in which its input was broadcast."""
-
-    ptr: Any
-    strides: tuple  # as in Operand; None in the summed dims of the tile
-    tiles: tuple  # one a dim: elements from one tile's share to the next tile's, None where nothing is summed
+    tiles: tuple = (None, None)  # down and along the tiles, in elements; None: not summed in this direction
 
 
 class Retained(NamedTuple):
@@ -108,9 +105,9 @@ def store(X, x, at, SHAPE, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def store_grad(DX, dx, at, SHAPE, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Store an input's gradient: an `Operand`'s as it is, a `Partial`'s summed over the tile, None's not at all."""
+    """Store an input's gradient, if it is needed: as it is, or summed over the tile where the input was broadcast."""
     if DX.ptr is not None:
-        if len(DX) == 2:
+        if DX.tiles[-2] is None and DX.tiles[-1] is None:
             store(DX, dx, at, SHAPE, BLOCK_M, BLOCK_N)
         else:
             _z, m, n, _whole = at

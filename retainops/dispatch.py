@@ -100,6 +100,7 @@ def plain(t: torch.Tensor) -> bool:
         and t.layout == torch.strided
         and t.device.type in _kernel_devices
         and not t.is_neg()
+        and torch._C._has_storage(t)  # a batched tensor (is_grads_batched, vmap) has none
     )
 
 
@@ -126,7 +127,7 @@ def _not_plain(t: torch.Tensor) -> str:
         return f"an input is on {t.device}, and the kernels run on {' and '.join(sorted(_kernel_devices))}"
     if t.layout != torch.strided:
         return f"an input has the layout {t.layout}"
-    return "an input is a lazily negated view"
+    return "an input is a lazily negated view" if t.is_neg() else "an input is a batched tensor"
 
 
 def run(op: Op, inputs: tuple[Any, ...], retain: Retained | None) -> torch.Tensor:

@@ -20,11 +20,11 @@ class Tap(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None]:
         return grad, ctx.slot.deposit(grad), None
 
     @staticmethod
-    def jvp(ctx: Any, x_t: torch.Tensor, *_: Any) -> torch.Tensor:  # type: ignore[override]
+    def jvp(ctx: Any, x_t: torch.Tensor, *_: Any) -> torch.Tensor:
         return x_t.view_as(x_t)
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 import triton.language as tl
 
-from retainops.kernels.tiles import Operand, Partial, Retained
+from retainops.kernels.tiles import Operand, Retained
 from retainops.slots import Answer
 
 NOTHING = Operand(None, ())
@@ -147,7 +147,8 @@ def operand(way: Walk, shape: torch.Size, t: torch.Tensor | None) -> Operand:
 
 def retained(way: Walk, shape: torch.Size, answer: Answer) -> Retained:
     """Where a retained gradient goes, as the kernels take it."""
-    return Retained(*operand(way, shape, answer.tensor), 1 if answer.accumulate else None)
+    t = operand(way, shape, answer.tensor)
+    return Retained(t.ptr, t.strides, 1 if answer.accumulate else None)
 
 
 class Grad:
@@ -162,21 +163,25 @@ class Grad:
         self.is_summed = needed and x.numel() != shape.numel()
         self.out = torch.empty_like(x) if needed and not self.is_summed else None
 
-    def operand(self, way: Walk, dtype: torch.dtype) -> Operand | Partial:
+    def operand(self, way: Walk, dtype: torch.dtype) -> Operand:
         """What the kernel writes to; partial sums are of this dtype."""
         if self.out is not None or not self.needed:
             return operand(way, self.shape, self.out)
         strides = list(_merged_strides(way, _own(self.x, self.shape)))
-        tiles: list[Any] = [None] * len(strides)
+        tiles: list[int | None] = [None, None]
         rows, size = 1, self.x.numel()
         for d, dims in enumerate(way.dims):
             if not _sums(self.x, self.shape, dims):
                 continue
-            in_tile = d >= len(way.dims) - 2
-            (tiles if in_tile else strides)[d] = rows * size
-            rows *= -(-way.shape[d] // way.block[d - len(way.dims)]) if in_tile else way.shape[d]
+            from_end = d - len(way.dims)
+            if from_end >= -2:
+                tiles[from_end] = rows * size
+                rows *= -(-way.shape[d] // way.block[from_end])
+            else:
+                strides[d] = rows * size
+                rows *= way.shape[d]
         self.partial = torch.empty((rows, size), dtype=dtype, device=self.x.device)
-        return Partial(self.partial, tuple(strides), tuple(tiles))
+        return Operand(self.partial, tuple(strides), tuple(tiles))
 
     def finish(self) -> torch.Tensor | None:
         """The gradient, in the input's shape and dtype."""

@@ -68,7 +68,7 @@ class MulSin(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         inputs, slots = saved_inputs(ctx), ctx.slots
         needs_a, needs_b, needs_c, *_ = ctx.needs_input_grad
         if not kernels_can(dy):

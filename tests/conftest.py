@@ -1,0 +1,88 @@
+"""Fixtures: the paths a call can take, with a real GPU where there is one and a simulated one elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+import retainops as ro
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+GPU = torch.cuda.is_available()
+KERNELS = "gpu" if GPU else "simulated"
+
+
+@dataclass(frozen=True)
+class Path:
+    """One of the ways a call can be computed: its name, and where its tensors are."""
+
+    name: str
+    device: str
+
+    def expects(self, op: str) -> str:
+        return "Triton kernels" if self.name in ("gpu", "simulated") else "reference path"
+
+
+@pytest.fixture(params=["reference", KERNELS])
+def path(request: pytest.FixtureRequest) -> Iterator[Path]:
+    """Run the test on each path. Memory that `torch.empty` returns is NaN, so that a missing store shows."""
+    name = request.param
+    with contextlib.ExitStack() as stack:
+        if name == "simulated":
+            if not HAS_TRITON:
+                pytest.skip("triton is not installed: there are no kernels to simulate")
+            from retainops.testing import simulated_gpu
+
+            stack.enter_context(simulated_gpu())
+        elif name == "reference":
+            stack.enter_context(ro.backend("reference"))
+        stack.enter_context(nan_filled_memory())
+        yield Path(name, "cuda" if name == "gpu" else "cpu")
+
+
+@pytest.fixture
+def kernels(request: pytest.FixtureRequest) -> Iterator[Path]:
+    """Run the test on the kernels' path alone."""
+    with contextlib.ExitStack() as stack:
+        if not GPU:
+            if not HAS_TRITON:
+                pytest.skip("triton is not installed: there are no kernels to simulate")
+            from retainops.testing import simulated_gpu
+
+            stack.enter_context(simulated_gpu())
+        stack.enter_context(ro.backend("triton"))
+        stack.enter_context(nan_filled_memory())
+        yield Path(KERNELS, "cuda" if GPU else "cpu")
+
+
+@contextlib.contextmanager
+def nan_filled_memory() -> Iterator[None]:
+    """PyTorch's deterministic mode fills what `torch.empty` returns with NaN."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def rand(path: Path) -> Callable[..., torch.Tensor]:
+    """Random normal leaves on the path's device; the same ones at every run."""
+    return random_leaves(path.device)
+
+
+def random_leaves(device: str) -> Callable[..., torch.Tensor]:
+    generator = torch.Generator().manual_seed(20)
+
+    def rand(*shape: int, dtype: torch.dtype = torch.float32, requires_grad: bool = True, **_: Any) -> torch.Tensor:
+        x = torch.randn(shape, generator=generator, dtype=torch.float64)
+        return x.to(device, dtype).requires_grad_(requires_grad)
+
+    return rand

@@ -1,0 +1,321 @@
+"""The table "Semantics that every op keeps, on every path", row by row, over the registry."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+import retainops as ro
+from retainops.registry import find
+from tests.conftest import Path
+from tests.oracle import DTYPES, OPS, all_points, assert_near, clones, eager, leaves
+
+pytestmark = pytest.mark.parametrize("name", OPS)
+SHAPE = (7, 150)  # one whole tile of 1024 elements and a ragged one
+
+
+@pytest.fixture
+def inputs(path: Path, name: str, request: pytest.FixtureRequest) -> list[torch.Tensor]:
+    return sample(name, path.device)
+
+
+def sample(name: str, device: str, dtype: torch.dtype = torch.float32, shape: tuple[int, ...] = SHAPE) -> list:
+    generator = torch.Generator().manual_seed(6)
+    made = find(name).sample(torch.Size(shape), dtype, device, generator)
+    return [x.requires_grad_() if isinstance(x, torch.Tensor) else x for x in made]
+
+
+def dy_like(y: torch.Tensor, seed: int = 9) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.device, y.dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_retention_changes_no_bit_of_any_other_gradient(path: Path, name: str, dtype: torch.dtype) -> None:
+    op, inputs = find(name), sample(name, path.device, dtype)
+    plain = op.call(*inputs)
+    dy = dy_like(plain)
+    without = torch.autograd.grad(plain, leaves(inputs), dy)
+    kept = all_points(op)
+    retained = op.call(*inputs, retain=kept)
+    with_ = torch.autograd.grad(retained, leaves(inputs), dy)
+    assert torch.equal(plain, retained)
+    for before, after in zip(without, with_, strict=True):
+        assert torch.equal(before, after)
+        assert before.stride() == after.stride()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_output_gradients_and_points_are_eagers(path: Path, name: str, dtype: torch.dtype) -> None:
+    op, ours = find(name), sample(name, path.device, dtype)
+    theirs = clones(ours)
+    kept = all_points(op)
+    y = op.call(*ours, retain=kept)
+    want, values = eager(op, theirs)
+    # Against eager in the same dtype; eager rounds c to bf16 where the kernel does not, hence the wide bound there:
+    # the sharp comparison, against float64, is test_ops.py.
+    scale = 1 if dtype in (torch.float32, torch.float64) else 16
+    assert_near(y, want, scale)
+    dy = dy_like(y)
+    y.backward(dy)
+    want.backward(dy)
+    for a, b in zip(leaves(ours), leaves(theirs), strict=True):
+        assert_near(a.grad, b.grad, scale)
+    for point, value in values.items():
+        assert_near(kept[point].grad, value.grad, scale)
+        assert kept[point].grad.is_contiguous()
+
+
+def test_inputs_are_never_written_to(path: Path, name: str, inputs: list[torch.Tensor]) -> None:
+    op = find(name)
+    before = [(x.detach().clone(), x._version) for x in leaves(inputs)]
+    y = op.call(*inputs, retain=all_points(op))
+    dy = dy_like(y)
+    held = dy.clone(), y.detach().clone()
+    y.backward(dy)
+    for x, (value, version) in zip(leaves(inputs), before, strict=True):
+        assert torch.equal(x, value)
+        assert x._version == version
+    assert torch.equal(dy, held[0])
+    assert torch.equal(y, held[1])
+
+
+def test_second_backward_with_retain_graph_is_right(path: Path, name: str, inputs: list[torch.Tensor]) -> None:
+    op, kept = find(name), all_points(find(name))
+    y = op.call(*inputs, retain=kept)
+    dy = dy_like(y)
+    y.backward(dy, retain_graph=True)
+    first = [x.grad.clone() for x in leaves(inputs)]
+    point = {n: s.grad.clone() for n, s in kept.items()}
+    y.backward(dy)
+    for x, g in zip(leaves(inputs), first, strict=True):
+        assert torch.equal(x.grad, 2 * g)
+    for n, s in kept.items():
+        assert torch.equal(s.grad, 2 * point[n])
+
+
+@pytest.mark.parametrize("order", ["z + op(x)", "op(x) + z"])
+def test_sums_with_the_output_in_both_orders(path: Path, name: str, inputs: list, order: str) -> None:
+    op, theirs = find(name), clones(inputs)
+    seen: list[torch.Tensor] = []
+    z = torch.ones(1, device=path.device)
+
+    def loss(y: torch.Tensor) -> torch.Tensor:
+        y.register_hook(seen.append)
+        total = z + y if order == "z + op(x)" else y + z
+        return (total * total).sum() + y.sum()
+
+    kept = all_points(op)
+    loss(op.call(*inputs, retain=kept)).backward()
+    want, values = eager(op, theirs)
+    loss(want).backward()
+    for x, t in zip(leaves(inputs), leaves(theirs), strict=True):
+        assert_near(x.grad, t.grad, 4)
+    for point, value in values.items():
+        assert_near(kept[point].grad, value.grad, 4)
+    assert_near(seen[0], seen[1], 4)  # what a hook captured was not written over afterwards
+
+
+@pytest.mark.parametrize("how", ["sum", "mean over rows", "expand", "transposed"])
+def test_gradients_of_any_layout(path: Path, name: str, inputs: list[torch.Tensor], how: str) -> None:
+    op, theirs, kept = find(name), clones(inputs), all_points(find(name))
+
+    def loss(y: torch.Tensor) -> torch.Tensor:
+        if how == "sum":
+            return y.sum()  # backward gets one element with strides of 0
+        if how == "mean over rows":
+            return (y.mean(0) ** 2).sum()
+        if how == "expand":
+            return (y.expand(3, *y.shape) * 0.5).sum()
+        return (y.t() * torch.arange(y.shape[0], device=y.device, dtype=y.dtype)).sum()
+
+    loss(op.call(*inputs, retain=kept)).backward()
+    want, values = eager(op, theirs)
+    loss(want).backward()
+    for x, t in zip(leaves(inputs), leaves(theirs), strict=True):
+        assert_near(x.grad, t.grad, 4)
+    for point, value in values.items():
+        assert_near(kept[point].grad, value.grad, 4)
+
+
+def test_zero_dim_tensors_and_gradients(path: Path, name: str) -> None:
+    op = find(name)
+    ours = sample(name, path.device, shape=())
+    theirs, kept = clones(ours), all_points(op)
+    op.call(*ours, retain=kept).backward()
+    want, values = eager(op, theirs)
+    want.backward()
+    for x, t in zip(leaves(ours), leaves(theirs), strict=True):
+        assert_near(x.grad, t.grad)
+    for point, value in values.items():
+        assert_near(kept[point].grad, value.grad)
+
+
+def test_no_elements(path: Path, name: str) -> None:
+    op = find(name)
+    ours = sample(name, path.device, shape=(0, 5))
+    kept = all_points(op)
+    y = op.call(*ours, retain=kept)
+    assert y.shape == (0, 5)
+    y.sum().backward()
+    for x in leaves(ours):
+        assert x.grad.shape == x.shape
+    for slot in kept.values():
+        assert slot.grad.shape == slot.shape
+
+
+def test_first_and_second_derivatives_in_float64(path: Path, name: str) -> None:
+    op = find(name)
+    ours = sample(name, path.device, torch.float64, (3, 4))
+    assert torch.autograd.gradcheck(op.call, ours, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(op.call, ours)
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")  # which is what is tested
+def test_create_graph_gives_a_differentiable_gradient_at_every_point(path: Path, name: str, inputs: list) -> None:
+    op, theirs, kept = find(name), clones(inputs), all_points(find(name))
+    y = op.call(*inputs, retain=kept)
+    dy = dy_like(y)
+    y.backward(dy, create_graph=True)
+    want, values = eager(op, theirs)
+    want.backward(dy, create_graph=True)
+    assert all(x.grad.requires_grad for x in leaves(inputs))
+    assert all(slot.grad.requires_grad for slot in kept.values())
+
+    # A second backward, through the first one's gradients: it adds its part to every .grad, the points' included.
+    for tensors, retained in (
+        (leaves(inputs), [s.grad for s in kept.values()]),
+        (leaves(theirs), [v.grad for v in values.values()]),
+    ):
+        total = sum((x.grad**2).sum() for x in tensors) + sum((g**3).sum() for g in retained)
+        total.backward()
+    for x, t in zip(leaves(inputs), leaves(theirs), strict=True):
+        assert_near(x.grad, t.grad, 8)
+        x.grad = t.grad = None  # they refer to the graph, and it to them
+    for point, value in values.items():
+        assert_near(kept[point].grad, value.grad, 8)
+        value.grad = None
+    kept.reset()
+
+
+def test_backward_twice_without_retain_graph_is_pytorchs_error(path: Path, name: str, inputs: list) -> None:
+    y = find(name).call(*inputs, retain=all_points(find(name)))
+    y.sum().backward()
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        y.sum().backward()
+
+
+def test_in_place_change_of_a_saved_input_is_pytorchs_error(path: Path, name: str, inputs: list) -> None:
+    op = find(name)
+    x = inputs[0].detach().clone()
+    y = op.call(x, *inputs[1:], retain=all_points(op))
+    x.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_nan_and_inf_stand_where_eager_has_them(path: Path, name: str, inputs: list, value: float) -> None:
+    op = find(name)
+    with torch.no_grad():
+        inputs[0][0, 3] = value
+        inputs[0][-1, -1] = value
+    theirs, kept = clones(inputs), all_points(op)
+    y = op.call(*inputs, retain=kept)
+    want, values = eager(op, theirs)
+    assert_near(y, want)
+    dy = dy_like(y)
+    dy[2, 5] = value
+    y.backward(dy)
+    want.backward(dy)
+    for x, t in zip(leaves(inputs), leaves(theirs), strict=True):
+        assert_near(x.grad, t.grad, 4)
+    for point, v in values.items():
+        assert_near(kept[point].grad, v.grad, 4)
+
+
+def test_autocast_is_as_for_the_eager_expression(path: Path, name: str, inputs: list) -> None:
+    op, theirs = find(name), clones(inputs)
+    with torch.autocast(path.device, torch.bfloat16):
+        y = op.call(*(x @ torch.eye(x.shape[-1], device=x.device) for x in inputs))  # matmul gives bf16
+        want, _ = eager(op, [x @ torch.eye(x.shape[-1], device=x.device) for x in theirs])
+    assert y.dtype == want.dtype == torch.bfloat16
+    y.sum().backward()
+    want.sum().backward()
+    for x, t in zip(leaves(inputs), leaves(theirs), strict=True):
+        assert x.grad.dtype == t.grad.dtype == torch.float32
+
+
+def test_two_runs_are_bitwise_equal(path: Path, name: str, inputs: list) -> None:
+    op = find(name)
+    runs = []
+    for _ in range(2):
+        ours, kept = clones(inputs), all_points(op)
+        y = op.call(*ours, retain=kept)
+        y.backward(dy_like(y))
+        runs.append([y, *(x.grad for x in leaves(ours)), *(s.grad for s in kept.values())])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_threads_do_not_meet(name: str) -> None:
+    """Reference path only: Triton's simulated driver belongs to one thread, and a GPU's own threads are PyTorch's."""
+    op, wrong = find(name), []
+
+    def work(seed: int) -> None:
+        ours = sample(name, "cpu")
+        theirs, kept = clones(ours), all_points(op)
+        for _ in range(20):
+            op.call(*ours, retain=kept).backward(torch.full(SHAPE, float(seed)))
+        want, values = eager(op, theirs)
+        want.backward(torch.full(SHAPE, 20.0 * seed))
+        for point, value in values.items():
+            if not torch.allclose(kept[point].grad, value.grad, rtol=1e-5):
+                wrong.append((seed, point))
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not wrong
+
+
+def test_gradients_that_nobody_needs_are_not_computed(kernels: Path, name: str) -> None:
+    op = find(name)
+    for frozen in range(2):
+        inputs = sample(name, kernels.device)
+        inputs[frozen].requires_grad_(False)
+        y = op.call(*inputs)
+        y.sum().backward()
+        assert inputs[frozen].grad is None
+        theirs = clones(inputs)
+        eager(op, theirs)[0].sum().backward()
+        assert_near(inputs[1 - frozen].grad, theirs[1 - frozen].grad)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need CUDA")
+def test_cuda_graph_of_forward_and_backward_with_retention(name: str) -> None:
+    op, inputs = find(name), sample(name, "cuda")
+    kept = all_points(op)
+
+    def step() -> torch.Tensor:
+        y = op.call(*inputs, retain=kept)
+        return torch.autograd.grad(y, [*leaves(inputs), *(s.tensor for s in kept.values())], torch.ones_like(y))
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        for x in leaves(inputs):
+            x.mul_(0.5)
+    graph.replay()
+    for ours, want in zip(captured, step(), strict=True):
+        assert torch.equal(ours, want)
+    assert ro.explain(op.call, *inputs).startswith(f"{name} takes the Triton kernels")
