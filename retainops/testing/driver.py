@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -76,9 +76,11 @@ class SimulatedDriver(DriverBase):
         def launch(gx, gy, gz, stream, function, packed, launch_metadata, on_enter, on_exit, *args):
             kernels = (k for cache in src.fn.device_caches.values() for k in cache[0].values())
             kernel = next(k for k in kernels if k.src is src)
-            self.launches.append(Launch(src.fn, (gx, gy, gz), args, kernel))
+            one = Launch(src.fn, (gx, gy, gz), args, kernel)
             # Triton keeps a launcher with the compiled kernel: run the launch under the driver of the moment.
-            triton.runtime.driver.active.execute(self.launches[-1])
+            active = triton.runtime.driver.active
+            active.execute(one)
+            active.launches.append(replace(one, args=()))  # a record that held tensors would keep them alive
 
         return launch
 
@@ -129,7 +131,7 @@ def driver(target: str = "sm_90", execute: Execute | None = None) -> Iterator[li
             kernels would have written keeps whatever it held.
 
     Yields:
-        The list of launches so far, which grows.
+        The list of launches so far, which grows; their `args` are dropped once executed.
 
     Raises:
         ValueError: an unknown target.

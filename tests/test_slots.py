@@ -1,0 +1,201 @@
+"""Slots, requests and buffers: what they do, and what they refuse."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import retainops as ro
+from retainops.slots import overlaps_itself, share_memory
+from tests.conftest import Path, random_leaves
+from tests.oracle import assert_near
+
+
+@pytest.fixture
+def ab(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    rand = random_leaves(path.device)
+    return rand(6, 50), rand(50)
+
+
+def dc_of(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return torch.cos(a * b).detach()
+
+
+# Into
+
+
+def test_into_a_buffer(path: Path, ab: tuple) -> None:
+    buffer = torch.full((6, 50), 3.0, device=path.device)
+    kept = ro.Retained(c=ro.Into(buffer))
+    y = ro.mul_sin(*ab, retain=kept)
+    assert kept.c.grad is None
+    assert (buffer == 3).all()  # written by backward, not before
+    y.sum().backward()
+    assert kept.c.grad is buffer
+    assert_near(buffer, dc_of(*ab))
+    assert kept.c.tensor.grad is None  # no second copy anywhere
+
+
+def test_into_adds_from_the_second_gradient_on(path: Path, ab: tuple) -> None:
+    buffer = torch.full((6, 50), 3.0, device=path.device)
+    kept = ro.Retained(c=ro.Into(buffer))
+    (ro.mul_sin(*ab, retain=kept) + ro.mul_sin(*ab, retain=kept)).sum().backward()
+    assert_near(buffer, 2 * dc_of(*ab))
+    kept.reset()
+    assert kept.c.grad is None
+    ro.mul_sin(*ab, retain=kept).sum().backward()
+    assert_near(buffer, dc_of(*ab))
+
+
+def test_into_with_accumulate_adds_to_what_is_there(path: Path, ab: tuple) -> None:
+    buffer = torch.full((6, 50), 3.0, device=path.device)
+    kept = ro.Retained(c=ro.Into(buffer, accumulate=True))
+    ro.mul_sin(*ab, retain=kept).sum().backward()
+    assert_near(buffer, 3 + dc_of(*ab), 2)
+
+
+def test_into_a_strided_buffer(path: Path, ab: tuple) -> None:
+    whole = torch.full((50, 12), 3.0, device=path.device)
+    kept = ro.Retained(c=ro.Into(whole[:, ::2].t()))
+    ro.mul_sin(*ab, retain=kept).sum().backward()
+    assert_near(whole[:, ::2].t(), dc_of(*ab))
+    assert (whole[:, 1::2] == 3).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_float32_buffer_keeps_what_the_kernel_computed(kernels: Path, dtype: torch.dtype) -> None:
+    rand = random_leaves(kernels.device)
+    a, b = rand(6, 50, dtype=dtype), rand(6, 50, dtype=dtype)
+    buffer = torch.empty(6, 50, device=kernels.device)
+    ro.mul_sin(a, b, retain=ro.Retained(c=ro.Into(buffer))).sum().backward()
+    torch.testing.assert_close(buffer, dc_of(a.float(), b.float()), rtol=1e-5, atol=1e-6)
+    assert not torch.equal(buffer, buffer.to(dtype).float())  # finer than the interior's dtype can say
+
+
+def test_into_under_create_graph(path: Path, ab: tuple) -> None:
+    a, b = ab
+    buffer = torch.empty(6, 50, device=path.device)
+    y = ro.mul_sin(a, b, retain=ro.Retained(c=ro.Into(buffer)))
+    torch.autograd.grad(y.sum(), a, create_graph=True)
+    assert_near(buffer, dc_of(a, b))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: torch.empty(6, 49), r"shape \(6, 49\).*expected shape \(6, 50\)"),
+        (lambda: torch.empty(6, 50, dtype=torch.float64), "float64.*expected.*float32"),
+        (lambda: torch.empty(6, 50, dtype=torch.bfloat16), "bfloat16.*expected.*float32"),
+        (lambda: torch.empty(6, 50, device="meta"), "on meta.*expected.*"),
+    ],
+    ids=["shape", "float64", "bfloat16", "device"],
+)
+def test_a_buffer_that_does_not_fit(path: Path, ab: tuple, make, message: str) -> None:
+    buffer = make()
+    if path.device == "cuda" and buffer.device.type == "cpu":
+        buffer = buffer.cuda()
+    kept = ro.Retained(c=ro.Into(buffer))
+    with pytest.raises(ValueError, match=f"mul_sin: the Into buffer for point 'c' has .*{message}"):
+        ro.mul_sin(*ab, retain=kept)
+
+
+def test_a_buffer_that_shares_memory_with_an_input(path: Path, ab: tuple) -> None:
+    a, b = ab
+    before = a.detach().clone()
+    with pytest.raises(ValueError, match=r"mul_sin: the Into buffer for point 'c' shares memory with an input"):
+        ro.mul_sin(a, b, retain=ro.Retained(c=ro.Into(a.detach())))
+    assert torch.equal(a, before)
+
+
+@pytest.mark.parametrize(
+    ("buffer", "error", "message"),
+    [
+        ([1.0], TypeError, "buffer is list; expected a torch.Tensor"),
+        (torch.zeros(3, requires_grad=True), ValueError, r"requires grad; pass buffer.detach\(\)"),
+        (torch.zeros(3, dtype=torch.int32), ValueError, "int32.*floating-point"),
+        (torch.zeros(1).expand(3), ValueError, "share memory"),
+        (torch.zeros(3).unfold(0, 2, 1), ValueError, "share memory"),
+    ],
+)
+def test_what_into_refuses(buffer, error, message: str) -> None:
+    with pytest.raises(error, match=f"Into: .*{message}"):
+        ro.Into(buffer)
+
+
+def test_overlap() -> None:
+    x = torch.zeros(4, 6)
+    assert not any(overlaps_itself(t) for t in (x, x.t(), x[::2, 1::3], x[:, :0], torch.zeros(()), x[:1].expand(1, 6)))
+    assert overlaps_itself(x[:1].expand(4, 6))
+    assert overlaps_itself(torch.as_strided(x, (3, 3), (2, 1)))
+    assert share_memory(x, x[2:])
+    assert not share_memory(x[:2], x[2:])
+    assert not share_memory(x, torch.zeros(4, 6))
+    assert not share_memory(x[:0], x)
+
+
+# Retained
+
+
+def test_a_request_is_a_mapping(path: Path, ab: tuple) -> None:
+    kept = ro.Retained("c")
+    assert list(kept) == ["c"]
+    assert len(kept) == 1
+    assert kept["c"] is kept.c
+    assert "c" in kept
+    assert "d" not in kept
+    assert kept != ro.Retained("c")
+    assert "not used yet" in repr(kept)
+    ro.mul_sin(*ab, retain=kept).sum().backward()
+    assert repr(kept) == "Retained\n  c  (6, 50)  float32  grad"
+
+
+def test_names_that_are_not_there() -> None:
+    kept = ro.Retained("c")
+    with pytest.raises(KeyError, match="no point 'd' was retained; there are: c"):
+        kept["d"]
+    with pytest.raises(AttributeError, match="no attribute or point 'd'; retained points: c"):
+        kept.d  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: ro.Retained(), TypeError, "no point named"),
+        (lambda: ro.Retained("c", "c"), ValueError, "'c' is named twice"),
+        (lambda: ro.Retained("c", c=ro.Into(torch.zeros(1))), ValueError, "'c' is named twice"),
+        (lambda: ro.Retained(3), TypeError, "name is int; expected a string"),
+        (lambda: ro.Retained(c=torch.zeros(1)), TypeError, r"c= is Tensor; expected .*Into\(buffer\)"),
+    ],
+)
+def test_requests_that_make_no_sense(make, error, message: str) -> None:
+    with pytest.raises(error, match=f"Retained: .*{message}"):
+        make()
+
+
+def test_the_tensor_of_an_unused_slot() -> None:
+    with pytest.raises(RuntimeError, match=r"slot 'c' has no tensor yet.*call the op with retain= first"):
+        ro.Retained("c").c.tensor  # noqa: B018
+
+
+def test_reuse_with_another_shape(path: Path, ab: tuple) -> None:
+    a, b = ab
+    kept = ro.Retained("c")
+    ro.mul_sin(a, b, retain=kept).sum().backward()
+    before = kept.c.grad.clone()
+    with pytest.raises(RuntimeError, match=r"shape \(3, 50\).*holds one of shape \(6, 50\).*reset\(\)"):
+        ro.mul_sin(a[:3], b, retain=kept)
+    with pytest.raises(RuntimeError, match=r"torch.float64.*holds one of.*torch.float32"):
+        ro.mul_sin(a.double(), b.double(), retain=kept)
+    assert torch.equal(kept.c.grad, before)
+    kept.reset()
+    ro.mul_sin(a[:3], b, retain=kept).sum().backward()
+    assert_near(kept.c.grad, dc_of(a[:3], b))
+
+
+def test_into_refuses_another_shape_too(path: Path, ab: tuple) -> None:
+    a, b = ab
+    kept = ro.Retained(c=ro.Into(torch.empty(6, 50, device=path.device)))
+    ro.mul_sin(a, b, retain=kept).sum().backward()
+    kept.reset()
+    with pytest.raises(ValueError, match=r"has shape \(6, 50\).*expected shape \(3, 50\)"):
+        ro.mul_sin(a[:3], b, retain=kept)
