@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from retainops.points import no_grad, reader, unretained
+from retainops.points import no_grad, reader
 from retainops.registry import Op, find
 from retainops.slots import Into, Retained, Slot, share_memory
 
@@ -106,8 +106,6 @@ def plain(t: torch.Tensor) -> bool:
 
 def why_reference(op: Op, inputs: tuple[Any, ...]) -> str | None:
     """Why this call takes the reference path; None: it takes the kernels."""
-    if torch.compiler.is_compiling():
-        return "torch.compile is tracing: Inductor fuses the reference with its neighbours"
     if (_chosen.get() or _default) == "reference":
         return 'the backend is "reference"'
     if not HAS_TRITON:
@@ -133,15 +131,17 @@ def _not_plain(t: torch.Tensor) -> str:
 def run(op: Op, inputs: tuple[Any, ...], retain: Retained | None) -> torch.Tensor:
     """Call an op: check the request, choose the path, take it."""
     slots = {} if retain is None else requested(op, inputs, retain)
+    if torch.compiler.is_compiling():  # first, and alone: all that follows is nothing Dynamo can trace
+        return op.reference(*inputs, reader(op.name, slots))
     why = why_reference(op, inputs)
     if why is None:
         return op.launch(inputs, slots)
-    if (_chosen.get() or _default) == "triton" and not torch.compiler.is_compiling():
+    if (_chosen.get() or _default) == "triton":
         raise RuntimeError(
             f'{op.name}: the backend is "triton", and the kernels cannot take this call: {why}; '
             'use backend("auto") to let it take the reference path'
         )
-    return op.reference(*inputs, reader(op.name, slots) if slots else unretained)
+    return op.reference(*inputs, reader(op.name, slots))
 
 
 def requested(op: Op, inputs: tuple[Any, ...], retain: Retained) -> Mapping[str, Slot]:
