@@ -52,8 +52,7 @@ def pointers(X, at, SHAPE, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Pointers to X's part of the tile, of shape (BLOCK_M or 1, BLOCK_N or 1): 1 where X does not move."""
     z, m, n, _whole = at
     p = X.ptr
-    for i in tl.static_range(len(SHAPE) - 2):
-        d: tl.constexpr = len(SHAPE) - 3 - i
+    for d in tl.static_range(len(SHAPE) - 3, -1, -1):
         if X.strides[d] is not None:
             p += (z % SHAPE[d]).to(tl.int64) * X.strides[d]
         z = z // SHAPE[d]

@@ -15,13 +15,13 @@ class Tap(torch.autograd.Function):
     """The identity; its backward also hands the gradient to a slot."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, leaf: torch.Tensor, slot: Slot) -> torch.Tensor:
-        ctx.slot = slot
+    def forward(ctx: Any, x: torch.Tensor, leaf: torch.Tensor, slot: Slot, op: str) -> torch.Tensor:
+        ctx.slot, ctx.op = slot, op
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None]:
-        return grad, ctx.slot.deposit(grad), None
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return grad, ctx.slot.deposit(ctx.op, grad), None, None
 
     @staticmethod
     def jvp(ctx: Any, x_t: torch.Tensor, *_: Any) -> torch.Tensor:
@@ -44,7 +44,7 @@ def reader(op: str, slots: Mapping[str, Slot]) -> Point:
             return value
         if not value.requires_grad:
             raise no_grad(op, name)
-        return Tap.apply(value, slot.bind(op, value.shape, value.dtype, value.device), slot)
+        return Tap.apply(value, slot.bind(op, value.shape, value.dtype, value.device), slot, op)
 
     return point
 

@@ -120,55 +120,56 @@ class Slot:
         if leaf is not None and (leaf.shape, leaf.dtype, leaf.device) == (shape, dtype, device):
             self._may_rebind = False
             return leaf
-        what = f"shape {tuple(shape)}, {dtype}, on {device}"
         if leaf is not None and not self._may_rebind:
             raise RuntimeError(
-                f"{op}: point '{self.name}' has {what} here, but its slot holds one of shape {tuple(leaf.shape)}, "
-                f"{leaf.dtype}, on {leaf.device}; call reset() on it between the two, or use one Retained for each"
+                f"{op}: point '{self.name}' has shape {tuple(shape)}, {dtype}, on {device} here, but its slot holds one "
+                f"of shape {tuple(leaf.shape)}, {leaf.dtype}, on {leaf.device}; call reset() on it between the two, or "
+                "use one Retained for each"
             )
         if self.want is not None:
-            self._check_buffer(op, what, self.want.buffer, shape, dtype, device)
+            self._check_buffer(op, self.want.buffer, shape, dtype, device)
         # One stored element, whatever the shape: a slot costs no memory until its gradient arrives.
         self._leaf = torch.zeros((), dtype=dtype, device=device).expand(shape).requires_grad_()
         self._may_rebind = False
         return self._leaf
 
+    def answer(self, op: str, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Answer:
+        """For an op's backward: a tensor to write the gradient to, dense and new or the caller's buffer.
+
+        The shape is the graph's: the slot itself may have been reset and bound to another one since.
+        """
+        if self.want is None:
+            new = torch.empty(shape, dtype=dtype, device=device)
+            return Answer(new, False, new)
+        buffer = self.want.buffer
+        self._check_buffer(op, buffer, shape, dtype, device)
+        if not buffer.is_inference():
+            torch.autograd.graph.increment_version(buffer)  # a kernel's writes are otherwise unknown to autograd
+        accumulate, self._filled = self.want.accumulate or self._filled, True
+        return Answer(buffer, accumulate, None)
+
+    def deposit(self, op: str, grad: torch.Tensor) -> torch.Tensor | None:
+        """Put a gradient that exists already where the caller wants it; what to return to autograd for the slot."""
+        if self.want is None:
+            return grad
+        buffer, accumulate, _ = self.answer(op, grad.shape, grad.dtype, grad.device)
+        with torch.no_grad():
+            if accumulate:
+                buffer.add_(grad)
+            else:
+                buffer.copy_(grad)
+        return None
+
     def _check_buffer(
-        self,
-        op: str,
-        what: str,
-        buffer: torch.Tensor,
-        shape: torch.Size,
-        dtype: torch.dtype,
-        device: torch.device,
+        self, op: str, buffer: torch.Tensor, shape: torch.Size, dtype: torch.dtype, device: torch.device
     ) -> None:
         right_dtype = buffer.dtype in (dtype, torch.float32) if dtype != torch.float64 else buffer.dtype == dtype
         if buffer.shape != shape or buffer.device != device or not right_dtype:
             raise ValueError(
                 f"{op}: the Into buffer for point '{self.name}' has shape {tuple(buffer.shape)}, {buffer.dtype}, on "
-                f"{buffer.device}; expected {what}" + ("" if dtype == torch.float64 else " (or torch.float32)")
+                f"{buffer.device}; expected shape {tuple(shape)}, {dtype}, on {device}"
+                + ("" if dtype == torch.float64 else " (or torch.float32)")
             )
-
-    def answer(self) -> Answer:
-        """For an op's backward: a tensor to write the gradient to, dense and new or the caller's buffer."""
-        leaf = self.tensor
-        if self.want is None:
-            new = torch.empty(leaf.shape, dtype=leaf.dtype, device=leaf.device)
-            return Answer(new, False, new)
-        accumulate, self._filled = self.want.accumulate or self._filled, True
-        return Answer(self.want.buffer, accumulate, None)
-
-    def deposit(self, grad: torch.Tensor) -> torch.Tensor | None:
-        """Put a gradient that exists already where the caller wants it; what to return to autograd for the slot."""
-        if self.want is None:
-            return grad
-        _, accumulate, _ = self.answer()
-        with torch.no_grad():
-            if accumulate:
-                self.want.buffer.add_(grad)
-            else:
-                self.want.buffer.copy_(grad)
-        return None
 
     def __repr__(self) -> str:
         return f"Slot({', '.join(self._row())})"

@@ -7,7 +7,7 @@ import torch
 
 import retainops as ro
 from retainops.slots import overlaps_itself, share_memory
-from tests.conftest import Path, random_leaves
+from tests.conftest import GPU, Path, random_leaves
 from tests.oracle import assert_near
 
 
@@ -199,3 +199,55 @@ def test_into_refuses_another_shape_too(path: Path, ab: tuple) -> None:
     kept.reset()
     with pytest.raises(ValueError, match=r"has shape \(6, 50\).*expected shape \(3, 50\)"):
         ro.mul_sin(a[:3], b, retain=kept)
+
+
+def test_resetting_between_forward_and_backward(path: Path, ab: tuple) -> None:
+    """The first graph's gradient goes to the leaf it was built with, whatever the slot is bound to by then."""
+    a, b = ab
+    kept = ro.Retained("c")
+    y = ro.mul_sin(a, b, retain=kept)
+    first = kept.c.tensor
+    kept.reset()
+    small = ro.mul_sin(a[:3], b, retain=kept)
+    y.sum().backward()
+    assert_near(first.grad, dc_of(a, b))
+    assert kept.c.grad is None
+    small.sum().backward()
+    assert_near(kept.c.grad, dc_of(a[:3], b))
+
+
+def test_a_buffer_resized_before_backward(path: Path, ab: tuple) -> None:
+    buffer = torch.empty(6, 50, device=path.device)
+    y = ro.mul_sin(*ab, retain=ro.Retained(c=ro.Into(buffer)))
+    buffer.resize_(2, 50)
+    with pytest.raises(ValueError, match=r"has shape \(2, 50\).*expected shape \(6, 50\)"):
+        y.sum().backward()
+
+
+def test_writing_to_a_buffer_is_known_to_autograd(path: Path, ab: tuple) -> None:
+    buffer = torch.ones(6, 50, device=path.device)
+    y = ro.mul_sin(*ab, retain=ro.Retained(c=ro.Into(buffer)))
+    x = torch.ones(6, 50, device=path.device, requires_grad=True)
+    uses_the_buffer = (x * buffer).sum()
+    y.sum().backward()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        uses_the_buffer.backward()
+
+
+@pytest.mark.skipif(GPU, reason="looks at the arguments of launches, which only a simulated driver hands out")
+def test_the_kernel_writes_where_the_caller_reads() -> None:
+    """No second pass: the pointer that the kernel stores dc to is that of `.grad`, or of the buffer."""
+    from retainops.testing import simulated_gpu
+
+    a, b = torch.ones(6, 50, requires_grad=True), torch.ones(6, 50)
+    for want in (None, ro.Into(torch.empty(6, 50))):
+        kept, pointers = ro.Retained("c") if want is None else ro.Retained(c=want), []
+
+        def execute(launch, pointers=pointers) -> None:
+            operands = dict(zip(launch.fn.arg_names, launch.args, strict=True))
+            if "DC" in operands:
+                pointers.append(operands["DC"].ptr.data_ptr())
+
+        with simulated_gpu(engine=execute):
+            ro.mul_sin(a, b, retain=kept).sum().backward()
+        assert pointers == [kept.c.grad.data_ptr()]

@@ -66,7 +66,7 @@ def walk(shape: torch.Size, tensors: Sequence[torch.Tensor], summed: Sequence[to
         summed: those inputs among `tensors` whose gradient is summed over broadcast dims.
     """
     if all(t.shape == shape and t.is_contiguous() for t in tensors):
-        merged = [(tuple(range(len(shape))), shape.numel())]
+        merged = [(tuple(d for d, size in enumerate(shape) if size != 1), shape.numel())]
     else:
         merged = _merge(shape, [_strides(t, shape) for t in tensors] + [_own(t, shape) for t in summed])
     while len(merged) < 2:
