@@ -3,7 +3,8 @@
 import triton
 import triton.language as tl
 
-from retainops.kernels.tiles import load, retain, store, store_grad, tile
+from retainops.kernels.points import retain
+from retainops.kernels.tiles import load, store, store_grad, tile
 
 
 @triton.jit
@@ -25,6 +26,6 @@ def mul_sin_bwd_kernel(A, B, DY, DA, DB, DC, SHAPE, DTYPE: tl.constexpr, BLOCK_M
     dy = load(DY, at, SHAPE, DTYPE, BLOCK_M, BLOCK_N)
     c = a * b
     dc = dy * tl.cos(c)
-    retain(DC, dc, at, SHAPE, BLOCK_M, BLOCK_N)
+    retain(DC, dc, c, at, SHAPE, BLOCK_M, BLOCK_N)
     store_grad(DA, dc * b, at, SHAPE, BLOCK_M, BLOCK_N)
     store_grad(DB, dc * a, at, SHAPE, BLOCK_M, BLOCK_N)

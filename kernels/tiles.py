@@ -27,14 +27,6 @@ class Operand(NamedTuple):
     tiles: tuple = (None, None)  # down and along the tiles, in elements; None: not summed in this direction
 
 
-class Retained(NamedTuple):
-    """Where a retained gradient goes; `ptr` is None for one nobody asked for."""
-
-    ptr: Any
-    strides: tuple
-    accumulate: Any  # 1: add to what is there; None: overwrite
-
-
 @triton.jit
 def tile(SHAPE, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """This program's tile: (outer index, first row, first column, whether it lies inside SHAPE as a whole)."""
@@ -48,26 +40,24 @@ def tile(SHAPE, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def pointers(X, at, SHAPE, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Pointers to X's part of the tile, of shape (BLOCK_M or 1, BLOCK_N or 1): 1 where X does not move."""
+def offsets(X, at, SHAPE, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Offsets of X's part of the tile, of shape (BLOCK_M or 1, BLOCK_N or 1): 1 where X does not move."""
     z, m, n, _whole = at
-    p = X.ptr
+    o = tl.zeros((1, 1), tl.int64)
     for d in tl.static_range(len(SHAPE) - 3, -1, -1):
         if X.strides[d] is not None:
-            p += (z % SHAPE[d]).to(tl.int64) * X.strides[d]
+            o += (z % SHAPE[d]).to(tl.int64) * X.strides[d]
         z = z // SHAPE[d]
     if X.strides[-2] is not None:
-        p = p + (m + tl.arange(0, BLOCK_M))[:, None] * X.strides[-2]
-    else:
-        p = p + tl.zeros((1, 1), tl.int32)
+        o = o + (m + tl.arange(0, BLOCK_M))[:, None] * X.strides[-2]
     if X.strides[-1] is not None:
-        p = p + (n + tl.arange(0, BLOCK_N))[None, :] * X.strides[-1]
-    return p
+        o = o + (n + tl.arange(0, BLOCK_N))[None, :] * X.strides[-1]
+    return o
 
 
 @triton.jit
 def inside(X, at, SHAPE, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Which of `pointers` lie inside SHAPE."""
+    """Which of `offsets` lie inside SHAPE."""
     _z, m, n, _whole = at
     ok = tl.full((1, 1), True, tl.int1)
     if X.strides[-2] is not None:
@@ -78,12 +68,21 @@ def inside(X, at, SHAPE, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
+def lanes_inside(at, SHAPE, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Which lanes of the whole tile lie inside SHAPE."""
+    _z, m, n, _whole = at
+    rows = m + tl.arange(0, BLOCK_M) < SHAPE[-2]
+    cols = n + tl.arange(0, BLOCK_N) < SHAPE[-1]
+    return rows[:, None] & cols[None, :]
+
+
+@triton.jit
 def load(X, at, SHAPE, DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """X's part of the tile as DTYPE; zero outside SHAPE.
 
     A mask makes Triton split a 128-bit access unless the length divides by 16, so only ragged tiles have one.
     """
-    p = pointers(X, at, SHAPE, BLOCK_M, BLOCK_N)
+    p = X.ptr + offsets(X, at, SHAPE, BLOCK_M, BLOCK_N)
     if at[3]:
         x = tl.load(p)
     else:
@@ -94,7 +93,7 @@ def load(X, at, SHAPE, DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.c
 @triton.jit
 def store(X, x, at, SHAPE, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Round the tile `x` to X's dtype and store it."""
-    p = pointers(X, at, SHAPE, BLOCK_M, BLOCK_N)
+    p = X.ptr + offsets(X, at, SHAPE, BLOCK_M, BLOCK_N)
     x = tl.broadcast_to(x, (BLOCK_M, BLOCK_N)).to(X.ptr.dtype.element_ty)
     if at[3]:
         tl.store(p, x)
@@ -109,25 +108,29 @@ def store_grad(DX, dx, at, SHAPE, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
         if DX.tiles[-2] is None and DX.tiles[-1] is None:
             store(DX, dx, at, SHAPE, BLOCK_M, BLOCK_N)
         else:
-            _z, m, n, _whole = at
-            rows = m + tl.arange(0, BLOCK_M) < SHAPE[-2]
-            cols = n + tl.arange(0, BLOCK_N) < SHAPE[-1]
             # Outside SHAPE dx need not be 0: an operand that is broadcast is not masked, and 0 * inf is nan.
-            dx = tl.where(rows[:, None] & cols[None, :], tl.broadcast_to(dx, (BLOCK_M, BLOCK_N)), 0.0)
-            p = pointers(DX, at, SHAPE, BLOCK_M, BLOCK_N)
-            if DX.tiles[-2] is not None:
-                dx = tl.sum(dx, axis=0, keep_dims=True)
-                p += m // BLOCK_M * DX.tiles[-2]
-            if DX.tiles[-1] is not None:
-                dx = tl.sum(dx, axis=1, keep_dims=True)
-                p += n // BLOCK_N * DX.tiles[-1]
-            tl.store(p, dx, mask=inside(DX, at, SHAPE, BLOCK_M, BLOCK_N))
+            dx = tl.broadcast_to(dx, (BLOCK_M, BLOCK_N))
+            dx = tl.where(lanes_inside(at, SHAPE, BLOCK_M, BLOCK_N), dx, 0.0)
+            store_share(DX.ptr, DX, share_of_sum(DX, dx), at, SHAPE, BLOCK_M, BLOCK_N)
 
 
 @triton.jit
-def retain(DC, dc, at, SHAPE, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Keep the gradient `dc` of an interior point, if anybody asked: the one line a kernel writes for each point."""
-    if DC.ptr is not None:
-        if DC.accumulate is not None:
-            dc += load(DC, at, SHAPE, dc.dtype, BLOCK_M, BLOCK_N)
-        store(DC, dc, at, SHAPE, BLOCK_M, BLOCK_N)
+def share_of_sum(X, x):
+    """Sum the tile `x` in the directions in which X is summed."""
+    if X.tiles[-2] is not None:
+        x = tl.sum(x, axis=0, keep_dims=True)
+    if X.tiles[-1] is not None:
+        x = tl.sum(x, axis=1, keep_dims=True)
+    return x
+
+
+@triton.jit
+def store_share(P, X, x, at, SHAPE, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Store this tile's share of a sum (or maximum) laid out as X says, at P."""
+    _z, m, n, _whole = at
+    o = offsets(X, at, SHAPE, BLOCK_M, BLOCK_N)
+    if X.tiles[-2] is not None:
+        o += m // BLOCK_M * X.tiles[-2]
+    if X.tiles[-1] is not None:
+        o += n // BLOCK_N * X.tiles[-1]
+    tl.store(P + o, x, mask=inside(X, at, SHAPE, BLOCK_M, BLOCK_N))

@@ -3,7 +3,8 @@
 from retainops._version import __version__
 from retainops.dispatch import backend, explain
 from retainops.ops import mul_sin
-from retainops.points import points
+from retainops.points import point, points
 from retainops.slots import Into, Retained, Slot
+from retainops.stats import Stats
 
-__all__ = ["Into", "Retained", "Slot", "__version__", "backend", "explain", "mul_sin", "points"]
+__all__ = ["Into", "Retained", "Slot", "Stats", "__version__", "backend", "explain", "mul_sin", "point", "points"]

@@ -163,7 +163,7 @@ def requested(op: Op, inputs: tuple[Any, ...], retain: Retained) -> Mapping[str,
         if name not in names:
             raise KeyError(f"{op.name}: unknown point '{name}'; its points are: {', '.join(names)}")
     if torch.compiler.is_compiling():
-        raise RuntimeError(f"{op.name}: retain= inside torch.compile is not supported yet; call it outside")
+        return retain  # what is left to check is nothing Dynamo can trace; taps check what they can
     if torch._C._functorch.peek_interpreter_stack() is not None:
         raise RuntimeError(
             f"{op.name}: retain= inside a torch.func transform: a leaf made outside it gets no gradient there (nor "

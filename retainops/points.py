@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 
+from retainops import parcel
 from retainops.registry import Op, Point, PointInfo, find
-from retainops.slots import Slot
+from retainops.slots import Retained, Slot
+from retainops.stats import Stats, parts_of
 
 
 class Tap(torch.autograd.Function):
@@ -17,15 +19,48 @@ class Tap(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, leaf: torch.Tensor, slot: Slot, op: str) -> torch.Tensor:
         ctx.slot, ctx.op = slot, op
+        if "act_grad" in slot.parts:
+            ctx.save_for_backward(x)
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return grad, ctx.slot.deposit(ctx.op, grad), None, None
+        value = ctx.saved_tensors[0] if ctx.saved_tensors else None
+        return grad, ctx.slot.deposit(ctx.op, grad, value), None, None
 
     @staticmethod
     def jvp(ctx: Any, x_t: torch.Tensor, *_: Any) -> torch.Tensor:
         return x_t.view_as(x_t)
+
+
+class CompiledTap(torch.autograd.Function):
+    """A tap inside torch.compile: its backward returns a parcel to the slot's carrier, an input of the graph."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, carrier: torch.Tensor, names: tuple[str, ...], over: str) -> torch.Tensor:
+        ctx.names, ctx.over = names, over
+        if "act_grad" in names:
+            ctx.save_for_backward(x)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        value = ctx.saved_tensors[0] if "act_grad" in ctx.names else None
+        stats = tuple(name for name in ctx.names if name != "dense")
+        parts = parts_of(stats, ctx.over, grad, value)
+        if "dense" in ctx.names:
+            parts.insert(0, grad)
+        return grad, parcel.pack(ctx.names, *parts), None, None
+
+
+def tap(op: str, slot: Slot, value: torch.Tensor) -> torch.Tensor:
+    """`value`, with its gradient going to a slot too."""
+    if not value.requires_grad:
+        raise no_grad(op, slot.name)
+    if torch.compiler.is_compiling():
+        over = slot.want.over if isinstance(slot.want, Stats) else "tensor"
+        return CompiledTap.apply(value, slot.carrier, slot.parts, over)
+    return Tap.apply(value, slot.bind(op, value.shape, value.dtype, value.device), slot, op)
 
 
 def unretained(name: str, value: torch.Tensor) -> torch.Tensor:
@@ -40,13 +75,38 @@ def reader(op: str, slots: Mapping[str, Slot]) -> Point:
 
     def point(name: str, value: torch.Tensor) -> torch.Tensor:
         slot = slots.get(name)
-        if slot is None:
-            return value
-        if not value.requires_grad:
-            raise no_grad(op, name)
-        return Tap.apply(value, slot.bind(op, value.shape, value.dtype, value.device), slot, op)
+        return value if slot is None else tap(op, slot, value)
 
     return point
+
+
+def point(x: torch.Tensor, name: str, *, retain: Retained | None = None) -> torch.Tensor:
+    """Name a value in code of yours, so that its gradient can be asked for: eager, or inside torch.compile.
+
+    Args:
+        x: any tensor that requires grad.
+        name: what `retain` calls it.
+        retain: the request. A name that it does not ask for, or None, makes this the identity.
+
+    Returns:
+        x, as a view. (PyTorch refuses in-place operations on it; use out-of-place ones.)
+
+    Raises:
+        TypeError: `retain` is not a `Retained`.
+        RuntimeError: x does not require grad, or the slot was used with another shape and not reset since.
+
+    Example:
+        >>> @torch.compile(fullgraph=True)
+        ... def f(a, b, kept):
+        ...     c = ro.point(a * b, "c", retain=kept)
+        ...     return torch.sin(c)
+    """
+    if retain is None:
+        return x
+    if not isinstance(retain, Retained):
+        raise TypeError(f'point: retain is {type(retain).__name__}; expected retainops.Retained, as Retained("{name}")')
+    slot = retain.get(name)
+    return x if slot is None else tap("point", slot, x)
 
 
 def no_grad(op: str, name: str) -> RuntimeError:

@@ -7,10 +7,15 @@ differentiable input. The op's backward returns the interior's gradient for it, 
 
 from __future__ import annotations
 
+import functools
+import weakref
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import torch
+
+from retainops import parcel
+from retainops.stats import STATISTICS, Stats, merge, parts_of
 
 
 class Into:
@@ -48,40 +53,64 @@ class Into:
         self.buffer = buffer
         self.accumulate = accumulate
 
+    def check(self, op: str, point: str, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> None:
+        """Raise if the buffer cannot hold a gradient like this."""
+        buffer = self.buffer
+        right_dtype = buffer.dtype in (dtype, torch.float32) if dtype != torch.float64 else buffer.dtype == dtype
+        if buffer.shape != shape or buffer.device != device or not right_dtype:
+            raise ValueError(
+                f"{op}: the Into buffer for point '{point}' has shape {tuple(buffer.shape)}, {buffer.dtype}, on "
+                f"{buffer.device}; expected shape {tuple(shape)}, {dtype}, on {device}"
+                + ("" if dtype == torch.float64 else " (or torch.float32)")
+            )
+
     def __repr__(self) -> str:
         return f"Into({self.buffer.dtype} buffer{', accumulate=True' if self.accumulate else ''})"
 
 
 class Answer(NamedTuple):
-    """Where one backward call puts a point's gradient, and what it then returns to autograd for the slot."""
+    """What one backward call is to do for a slot.
 
-    tensor: torch.Tensor
-    accumulate: bool  # add to what is there
+    Attributes:
+        tensor: where the gradient goes; None if only statistics are wanted.
+        accumulate: add to what is there.
+        returned: what backward returns to autograd for the slot.
+        stats: statistics to take and hand to `Slot.merge`.
+    """
+
+    tensor: torch.Tensor | None
+    accumulate: bool
     returned: torch.Tensor | None
+    stats: Stats | None
 
 
 class Slot:
-    """One point that was asked for, and its gradient once `backward()` has run.
+    """One point that was asked for, and its gradient or its statistics once `backward()` has run.
 
     Attributes:
         name: the point's name.
         grad: the gradient of the loss with respect to the interior value: shape and dtype of the interior (an
-            `Into` buffer's dtype there); None before backward. It accumulates over uses and backward calls.
+            `Into` buffer's dtype there); None before backward, and if only statistics were asked for. It accumulates
+            over uses and backward calls.
+        l2, sum, ...: one attribute a statistic of `Stats`; None before backward.
         tensor: the leaf itself, for `torch.autograd.grad(loss, slot.tensor)` and hooks. A hook sees the gradient;
             it cannot change what flows on to the op's inputs.
         shape, dtype: the interior's; None until the slot's first use.
     """
 
-    def __init__(self, name: str, want: Into | None = None) -> None:
+    def __init__(self, name: str, want: Into | Stats | None = None) -> None:
         self.name = name
         self.want = want
         self._leaf: torch.Tensor | None = None
         self._filled = False  # an Into buffer holds a gradient
         self._may_rebind = False
+        self._parts: dict[str, torch.Tensor] = {}
+        self.carrier = parcel.carrier()
+        self.carrier.register_post_accumulate_grad_hook(functools.partial(_unpack, weakref.ref(self)))
 
     @property
     def grad(self) -> torch.Tensor | None:
-        if self.want is not None:
+        if isinstance(self.want, Into):
             return self.want.buffer if self._filled else None
         return None if self._leaf is None else self._leaf.grad
 
@@ -102,10 +131,29 @@ class Slot:
     def dtype(self) -> torch.dtype | None:
         return None if self._leaf is None else self._leaf.dtype
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """What a compiled graph is to answer: the full gradient ("dense"), parts of statistics, or both."""
+        if not isinstance(self.want, Stats):
+            return ("dense",)
+        return (("dense",) if self.want.grad else ()) + self.want.parts
+
+    def __getattr__(self, name: str) -> torch.Tensor | None:
+        want = self.__dict__.get("want")
+        if isinstance(want, Stats) and name in want.names:
+            statistic = STATISTICS[name]
+            return statistic.read(*(self._parts[p] for p in statistic.parts)) if self._parts else None
+        asked = f"its statistics are {', '.join(want.names)}" if isinstance(want, Stats) else "it has no statistics"
+        if name in STATISTICS:
+            asked += f'; ask with Stats("{name}")'
+        raise AttributeError(f"slot '{self.__dict__.get('name')}' has no attribute '{name}': {asked}")
+
     def reset(self) -> None:
         """Forget the gradient, as `tensor.grad = None` does; the next use may have another shape."""
         self._filled = False
         self._may_rebind = True
+        self._parts = {}
+        self.carrier.grad = None
         if self._leaf is not None:
             self._leaf.grad = None
 
@@ -114,7 +162,7 @@ class Slot:
 
         Raises:
             RuntimeError: the slot was used with another shape, dtype or device and not reset since.
-            ValueError: the `Into` buffer does not fit.
+            ValueError: the `Into` buffer does not fit, or the `Stats` cannot be taken.
         """
         leaf = self._leaf
         if leaf is not None and (leaf.shape, leaf.dtype, leaf.device) == (shape, dtype, device):
@@ -122,12 +170,12 @@ class Slot:
             return leaf
         if leaf is not None and not self._may_rebind:
             raise RuntimeError(
-                f"{op}: point '{self.name}' has shape {tuple(shape)}, {dtype}, on {device} here, but its slot holds one "
-                f"of shape {tuple(leaf.shape)}, {leaf.dtype}, on {leaf.device}; call reset() on it between the two, or "
-                "use one Retained for each"
+                f"{op}: point '{self.name}' has shape {tuple(shape)}, {dtype}, on {device} here, but its slot holds "
+                f"one of shape {tuple(leaf.shape)}, {leaf.dtype}, on {leaf.device}; call reset() on it between the "
+                "two, or use one Retained for each"
             )
         if self.want is not None:
-            self._check_buffer(op, self.want.buffer, shape, dtype, device)
+            self.want.check(op, self.name, shape, dtype, device)
         # One stored element, whatever the shape: a slot costs no memory until its gradient arrives.
         self._leaf = torch.zeros((), dtype=dtype, device=device).expand(shape).requires_grad_()
         self._may_rebind = False
@@ -138,38 +186,55 @@ class Slot:
 
         The shape is the graph's: the slot itself may have been reset and bound to another one since.
         """
-        if self.want is None:
-            new = torch.empty(shape, dtype=dtype, device=device)
-            return Answer(new, False, new)
-        buffer = self.want.buffer
-        self._check_buffer(op, buffer, shape, dtype, device)
-        if not buffer.is_inference():
-            torch.autograd.graph.increment_version(buffer)  # a kernel's writes are otherwise unknown to autograd
-        accumulate, self._filled = self.want.accumulate or self._filled, True
-        return Answer(buffer, accumulate, None)
+        if isinstance(self.want, Into):
+            buffer = self.want.buffer
+            self.want.check(op, self.name, shape, dtype, device)
+            if not buffer.is_inference():
+                torch.autograd.graph.increment_version(buffer)  # a kernel's writes are otherwise unknown to autograd
+            accumulate, self._filled = self.want.accumulate or self._filled, True
+            return Answer(buffer, accumulate, None, None)
+        if self.want is not None and not self.want.grad:
+            return Answer(None, False, None, self.want)
+        new = torch.empty(shape, dtype=dtype, device=device)
+        return Answer(new, False, new, self.want)
 
-    def deposit(self, op: str, grad: torch.Tensor) -> torch.Tensor | None:
-        """Put a gradient that exists already where the caller wants it; what to return to autograd for the slot."""
-        if self.want is None:
-            return grad
-        buffer, accumulate, _ = self.answer(op, grad.shape, grad.dtype, grad.device)
-        with torch.no_grad():
-            if accumulate:
-                buffer.add_(grad)
-            else:
-                buffer.copy_(grad)
-        return None
+    def merge(self, parts: Mapping[str, torch.Tensor]) -> None:
+        """Take one backward call's parts of statistics."""
+        # No graph is kept through statistics, and what create_graph gave is not theirs to hold.
+        self._parts = merge(self._parts, {name: part.detach() for name, part in parts.items()})
 
-    def _check_buffer(
-        self, op: str, buffer: torch.Tensor, shape: torch.Size, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        right_dtype = buffer.dtype in (dtype, torch.float32) if dtype != torch.float64 else buffer.dtype == dtype
-        if buffer.shape != shape or buffer.device != device or not right_dtype:
-            raise ValueError(
-                f"{op}: the Into buffer for point '{self.name}' has shape {tuple(buffer.shape)}, {buffer.dtype}, on "
-                f"{buffer.device}; expected shape {tuple(shape)}, {dtype}, on {device}"
-                + ("" if dtype == torch.float64 else " (or torch.float32)")
-            )
+    def deposit(self, op: str, grad: torch.Tensor, value: torch.Tensor | None) -> torch.Tensor | None:
+        """Put a gradient that exists already where the caller wants it; what to return to autograd for the slot.
+
+        `value` is the interior's value, for statistics that need it.
+        """
+        if isinstance(self.want, Into):
+            answer = self.answer(op, grad.shape, grad.dtype, grad.device)
+            with torch.no_grad():
+                if answer.accumulate:
+                    self.want.buffer.add_(grad)
+                else:
+                    self.want.buffer.copy_(grad)
+            return None
+        if self.want is not None:
+            with torch.no_grad():
+                found = parts_of(self.want.parts, self.want.over, grad.detach(), value)
+                self.merge(dict(zip(self.want.parts, found, strict=True)))
+            return grad if self.want.grad else None
+        return grad
+
+    def _deposit_from_graph(self, parts: dict[str, torch.Tensor]) -> None:
+        """Take what a compiled graph answered."""
+        dense = parts.pop("dense", None)
+        if parts:
+            self.merge(parts)
+        if dense is None:
+            return
+        leaf = self.bind("torch.compile", dense.shape, dense.dtype, dense.device)
+        if isinstance(self.want, Into):
+            self.deposit("torch.compile", dense, None)
+        else:
+            leaf.grad = dense.contiguous() if leaf.grad is None else leaf.grad + dense
 
     def __repr__(self) -> str:
         return f"Slot({', '.join(self._row())})"
@@ -177,8 +242,18 @@ class Slot:
     def _row(self) -> tuple[str, str, str, str]:
         shape = "not used yet" if self.shape is None else str(tuple(self.shape))
         dtype = "" if self.dtype is None else str(self.dtype).removeprefix("torch.")
-        state = "no grad yet" if self.grad is None else "grad" if self.want is None else f"grad in {self.want}"
-        return self.name, shape, dtype, state
+        filled = bool(self._parts) if isinstance(self.want, Stats) else self.grad is not None
+        state = "grad" if self.want is None else repr(self.want)
+        return self.name, shape, dtype, state if filled else f"no {state} yet"
+
+
+@torch.compiler.disable
+def _unpack(slot: weakref.ref[Slot], leaf: torch.Tensor) -> None:
+    """After a backward: move what arrived at the carrier into the slot, outside any graph."""
+    holder, parts = slot(), leaf.grad
+    if holder is not None and isinstance(parts, parcel.Parcel):
+        leaf.grad = None
+        holder._deposit_from_graph(parts.parts())
 
 
 class Retained(Mapping[str, Slot]):
@@ -186,10 +261,10 @@ class Retained(Mapping[str, Slot]):
 
     Args:
         *names: points whose full gradient is wanted.
-        **wants: points whose gradient is wanted in another form: `c=ro.Into(buffer)`.
+        **wants: points whose gradient is wanted in another form: `c=ro.Into(buffer)`, `c=ro.Stats("l2")`.
 
     Raises:
-        TypeError: a name is not a string, a want is not an `Into`, or nothing is asked for.
+        TypeError: a name is not a string, a want is neither `Into` nor `Stats`, or nothing is asked for.
         ValueError: a name is given twice.
 
     Example:
@@ -199,7 +274,7 @@ class Retained(Mapping[str, Slot]):
         True
     """
 
-    def __init__(self, *names: str, **wants: Into) -> None:
+    def __init__(self, *names: str, **wants: Into | Stats) -> None:
         if not names and not wants:
             raise TypeError('Retained: no point named; name at least one, as in Retained("c")')
         self._slots: dict[str, Slot] = {}
@@ -210,8 +285,8 @@ class Retained(Mapping[str, Slot]):
                 raise ValueError(f"Retained: point '{name}' is named twice; name it once")
             self._slots[name] = Slot(name)
         for name, want in wants.items():
-            if not isinstance(want, Into):
-                raise TypeError(f"Retained: {name}= is {type(want).__name__}; expected Into(buffer)")
+            if not isinstance(want, (Into, Stats)):
+                raise TypeError(f"Retained: {name}= is {type(want).__name__}; expected Into(buffer) or Stats(...)")
             self._slots[name] = Slot(name, want)
 
     def __getitem__(self, name: str) -> Slot:

@@ -10,11 +10,14 @@ from typing import Any, NamedTuple
 import torch
 import triton.language as tl
 
-from retainops.kernels.tiles import Operand, Retained
-from retainops.slots import Answer
+from retainops.kernels.points import Retained, Stats
+from retainops.kernels.tiles import Operand
+from retainops.slots import Slot
+from retainops.stats import HIST_BINS, count, parts_of
 
 NOTHING = Operand(None, ())
-NOT_RETAINED = Retained(None, (), None)
+NO_STATS = Stats()
+NOT_RETAINED = Retained(None, (), None, NO_STATS)
 
 
 def tensors(dtype: torch.dtype, *inputs: torch.Tensor | float) -> list[torch.Tensor]:
@@ -57,22 +60,22 @@ class Walk(NamedTuple):
     grid: tuple[int]
 
 
-def walk(shape: torch.Size, tensors: Sequence[torch.Tensor], summed: Sequence[torch.Tensor] = ()) -> Walk:
+def walk(shape: torch.Size, tensors: Sequence[torch.Tensor], summed: Sequence[torch.Size] = ()) -> Walk:
     """Merge dims for a launch over `shape`.
 
     Args:
         shape: the broadcast shape.
         tensors: all that are read or written.
-        summed: those inputs among `tensors` whose gradient is summed over broadcast dims.
+        summed: shapes that broadcast to `shape`, to which something is summed up.
     """
-    if all(t.shape == shape and t.is_contiguous() for t in tensors):
+    if all(t.shape == shape and t.is_contiguous() for t in tensors) and all(s.numel() == 1 for s in summed):
         merged = [(tuple(d for d, size in enumerate(shape) if size != 1), shape.numel())]
     else:
-        merged = _merge(shape, [_strides(t, shape) for t in tensors] + [_own(t, shape) for t in summed])
+        merged = _merge(shape, [_strides(t, shape) for t in tensors] + [_own(small, shape) for small in summed])
     while len(merged) < 2:
         merged.insert(0, ((), 1))
     sizes = tuple(size for _, size in merged)
-    block, warps = _block(sizes[-2], sizes[-1], any(_sums(t, shape, merged[-2][0]) for t in summed))
+    block, warps = _block(sizes[-2], sizes[-1], any(_sums(small, shape, merged[-2][0]) for small in summed))
     programs = -(-sizes[-2] // block[0]) * -(-sizes[-1] // block[1])
     for size in sizes[:-2]:
         programs *= size
@@ -85,13 +88,13 @@ def _strides(t: torch.Tensor, shape: torch.Size) -> list[int]:
     return [0] * lead + [0 if size == 1 else stride for size, stride in zip(t.shape, t.stride(), strict=True)]
 
 
-def _own(t: torch.Tensor, shape: torch.Size) -> list[int]:
-    """Strides of a contiguous gradient of `t`, expanded: 0 only where it is summed."""
+def _own(small: torch.Size, shape: torch.Size) -> list[int]:
+    """Strides of a contiguous tensor of shape `small`, expanded to `shape`: 0 only where it is broadcast."""
     strides, step = [0] * len(shape), 1
-    for d in range(-1, -1 - t.dim(), -1):
-        if t.shape[d] > 1:
+    for d in range(-1, -1 - len(small), -1):
+        if small[d] > 1:
             strides[d] = step
-            step *= t.shape[d]
+            step *= small[d]
     return strides
 
 
@@ -111,9 +114,9 @@ def _merge(shape: torch.Size, strides: Sequence[Sequence[int]]) -> list[tuple[tu
     return merged
 
 
-def _sums(t: torch.Tensor, shape: torch.Size, dims: tuple[int, ...]) -> bool:
-    """Whether the gradient of `t` is summed over these dims."""
-    return bool(dims) and all(d < len(shape) - t.dim() or t.shape[d - len(shape)] == 1 for d in dims)
+def _sums(small: torch.Size, shape: torch.Size, dims: tuple[int, ...]) -> bool:
+    """Whether summing up to `small` sums over these dims."""
+    return bool(dims) and all(d < len(shape) - len(small) or small[d - len(shape)] == 1 for d in dims)
 
 
 def _block(m: int, n: int, sums_rows: bool) -> tuple[tuple[int, int], int]:
@@ -145,86 +148,137 @@ def operand(way: Walk, shape: torch.Size, t: torch.Tensor | None) -> Operand:
     return NOTHING if t is None else Operand(t, _merged_strides(way, _strides(t, shape)))
 
 
-def retained(way: Walk, shape: torch.Size, answer: Answer) -> Retained:
-    """Where a retained gradient goes, as the kernels take it."""
-    t = operand(way, shape, answer.tensor)
-    return Retained(t.ptr, t.strides, 1 if answer.accumulate else None)
+class Shares(NamedTuple):
+    """Where the tiles of a walk leave their shares of a sum (or maximum): `rows` x `size` of them, to be reduced."""
+
+    rows: int
+    size: int
+    strides: tuple[int | None, ...]
+    tiles: tuple[int | None, ...]
+
+
+def shares(way: Walk, shape: torch.Size, small: torch.Size) -> Shares:
+    """One row of the small shape's size for each step along what is summed: no two programs write one element."""
+    strides = list(_merged_strides(way, _own(small, shape)))
+    tiles: list[int | None] = [None, None]
+    rows, size = 1, small.numel()
+    for d, dims in enumerate(way.dims):
+        if not _sums(small, shape, dims):
+            continue
+        from_end = d - len(way.dims)
+        if from_end >= -2:
+            tiles[from_end] = rows * size
+            rows *= -(-way.shape[d] // way.block[from_end])
+        else:
+            strides[d] = rows * size
+            rows *= way.shape[d]
+    return Shares(rows, size, tuple(strides), tuple(tiles))
 
 
 class Grad:
-    """The gradient of one input: written by the kernel as it is, or as partial sums that `finish` adds up.
+    """The gradient of one input: written by the kernel as it is, or as shares that `finish` adds up.
 
-    Partials are fp32 (fp64 for fp64), one row of the input's size for each tile along the summed dims, added by one
-    `torch.sum`: no atomics, the same bits at every run.
+    Shares are of the interiors' dtype and added by one `torch.sum`: no atomics, the same bits at every run.
     """
 
     def __init__(self, x: torch.Tensor, shape: torch.Size, needed: bool) -> None:
         self.x, self.shape, self.needed = x, shape, needed
         self.is_summed = needed and x.numel() != shape.numel()
-        self.out = torch.empty_like(x) if needed and not self.is_summed else None
+        self.tensor = torch.empty_like(x) if needed and not self.is_summed else None
+        self.summed = [x.shape] if self.is_summed else []
+        self.partial: torch.Tensor | None = None
 
-    def operand(self, way: Walk, dtype: torch.dtype) -> Operand:
-        """What the kernel writes to; partial sums are of this dtype."""
-        if self.out is not None or not self.needed:
-            return operand(way, self.shape, self.out)
-        strides = list(_merged_strides(way, _own(self.x, self.shape)))
-        tiles: list[int | None] = [None, None]
-        rows, size = 1, self.x.numel()
-        for d, dims in enumerate(way.dims):
-            if not _sums(self.x, self.shape, dims):
-                continue
-            from_end = d - len(way.dims)
-            if from_end >= -2:
-                tiles[from_end] = rows * size
-                rows *= -(-way.shape[d] // way.block[from_end])
-            else:
-                strides[d] = rows * size
-                rows *= way.shape[d]
-        self.partial = torch.empty((rows, size), dtype=dtype, device=self.x.device)
-        return Operand(self.partial, tuple(strides), tuple(tiles))
+    def operand(self, way: Walk, held: torch.dtype) -> Operand:
+        """What the kernel writes to."""
+        if not self.is_summed:
+            return operand(way, self.shape, self.tensor)
+        rows, size, strides, tiles = shares(way, self.shape, self.x.shape)
+        self.partial = torch.empty((rows, size), dtype=held, device=self.x.device)
+        return Operand(self.partial, strides, tiles)
 
     def finish(self) -> torch.Tensor | None:
         """The gradient, in the input's shape and dtype."""
         if not self.is_summed:
-            return self.out
+            return self.tensor
+        if self.partial is None:  # nothing was launched: a sum of no elements
+            return torch.zeros_like(self.x)
         return self.partial.sum(0).view(self.x.shape).to(self.x.dtype)
 
 
-def launch(kernel: Any, shape: torch.Size, dtype: torch.dtype, *operands: torch.Tensor | Grad | Answer | None) -> None:
+class Kept:
+    """What a slot asked of a point: its gradient written where it will be read, and shares of statistics."""
+
+    def __init__(self, op: str, slot: Slot, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> None:
+        self.slot, self.shape, self.dtype, self.device = slot, shape, dtype, device
+        self.tensor, self.accumulate, self.returned, self.stats = slot.answer(op, shape, dtype, device)
+        self.summed: list[torch.Size] = []
+        self.partials: dict[str, torch.Tensor] = {}
+        if self.stats is not None:
+            self.small = self.stats.shape(shape)
+            # Rows keep their dims where they are: the small shape must broadcast to the shape.
+            self.summed = [torch.Size((*self.small, 1)) if self.stats.over == "rows" else self.small]
+
+    def operand(self, way: Walk, held: torch.dtype) -> Retained:
+        """What the kernel writes to."""
+        ptr, strides, _ = operand(way, self.shape, self.tensor)
+        if self.stats is None:
+            return Retained(ptr, strides, 1 if self.accumulate else None, NO_STATS)
+        rows, size, at, tiles = shares(way, self.shape, self.summed[0])
+        for part in self.stats.parts:
+            if part == "hist":
+                self.partials[part] = torch.empty((*way.grid, HIST_BINS), dtype=torch.int32, device=self.device)
+            elif part != "count":
+                dtype = torch.int32 if part == "nonfinite" else held
+                self.partials[part] = torch.empty((rows, size), dtype=dtype, device=self.device)
+        return Retained(ptr, strides, None, Stats(**self.partials, strides=at, tiles=tiles))
+
+    def finish(self) -> torch.Tensor | None:
+        """Hand the statistics to the slot; the gradient to return to autograd for it."""
+        if self.stats is not None:
+            like = torch.empty((), dtype=self.dtype, device=self.device).expand(self.shape)
+            if not self.shape.numel():
+                found = parts_of(self.stats.parts, self.stats.over, like, like)
+                self.slot.merge(dict(zip(self.stats.parts, found, strict=True)))
+            else:
+                parts = {part: self._reduce(part) for part in self.partials}
+                if "count" in self.stats.parts:
+                    parts["count"] = count(like, self.stats.over)
+                self.slot.merge(parts)
+        return self.returned
+
+    def _reduce(self, part: str) -> torch.Tensor:
+        partial = self.partials[part]
+        if part == "amax":
+            return partial.amax(0).view(self.small)
+        return partial.sum(0).view(HIST_BINS if part == "hist" else self.small)
+
+
+def launch(kernel: Any, shape: torch.Size, dtype: torch.dtype, *operands: torch.Tensor | Grad | Kept | None) -> None:
     """Launch a kernel of the form kernel(*operands, SHAPE, DTYPE, BLOCK_M, BLOCK_N) over a broadcast shape.
 
     Args:
         kernel: the Triton kernel.
         shape: the shape that all operands broadcast to.
         dtype: the result's, which decides the dtype of interiors.
-        *operands: in the kernel's order: tensors, gradients to write (`Grad`), retained gradients (`Answer`, or None
-            where nobody asked).
+        *operands: in the kernel's order: tensors, gradients to write (`Grad`), points (`Kept`, or None where nobody
+            asked).
     """
-    tensors = [t for x in operands if (t := _tensor_of(x)) is not None]
-    summed = [x.x for x in operands if isinstance(x, Grad) and x.is_summed]
     if not shape.numel():
-        for x in operands:
-            if isinstance(x, Grad) and x.is_summed:
-                x.partial = torch.zeros((1, x.x.numel()), dtype=torch.float32, device=x.x.device)
         return
+    tensors = [t for x in operands if (t := x.tensor if isinstance(x, (Grad, Kept)) else x) is not None]
+    summed = [small for x in operands if isinstance(x, (Grad, Kept)) for small in x.summed]
     way = walk(shape, tensors, summed)
+    held = torch.promote_types(dtype, torch.float32)
     args: list[Any] = []
     for x in operands:
-        if isinstance(x, Grad):
-            args.append(x.operand(way, torch.promote_types(dtype, torch.float32)))
-        elif isinstance(x, Answer):
-            args.append(retained(way, shape, x))
+        if isinstance(x, (Grad, Kept)):
+            args.append(x.operand(way, held))
         else:
             args.append(NOT_RETAINED if x is None else operand(way, shape, x))
-    held = tl.float64 if dtype == torch.float64 else tl.float32
     with on_device(tensors[0]):
-        kernel[way.grid](*args, way.shape, held, *way.block, num_warps=way.warps)
-
-
-def _tensor_of(x: torch.Tensor | Grad | Answer | None) -> torch.Tensor | None:
-    if isinstance(x, Grad):
-        return x.out
-    return x.tensor if isinstance(x, Answer) else x
+        kernel[way.grid](
+            *args, way.shape, tl.float64 if held == torch.float64 else tl.float32, *way.block, num_warps=way.warps
+        )
 
 
 def on_device(t: torch.Tensor) -> contextlib.AbstractContextManager[Any]:

@@ -75,9 +75,9 @@ class MulSin(torch.autograd.Function):
             return *through_reference(MUL_SIN, inputs, (needs_a, needs_b), slots, dy), None, None
         a, b = _tiles.tensors(dy.dtype, *inputs)
         da, db = _tiles.Grad(a, dy.shape, needs_a), _tiles.Grad(b, dy.shape, needs_b)
-        dc = slots["c"].answer("mul_sin", dy.shape, dy.dtype, dy.device) if needs_c else None
+        dc = _tiles.Kept("mul_sin", slots["c"], dy.shape, dy.dtype, dy.device) if needs_c else None
         _tiles.launch(kernels.mul_sin_bwd_kernel, dy.shape, dy.dtype, a, b, dy, da, db, dc)
-        return da.finish(), db.finish(), dc and dc.returned, None, None
+        return da.finish(), db.finish(), dc.finish() if dc else None, None, None
 
 
 def _launch(inputs: tuple[Any, Any], slots: Mapping[str, Slot]) -> torch.Tensor:

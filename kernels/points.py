@@ -1,0 +1,95 @@
+"""Points: what a backward kernel does with the gradient of an interior value, if anybody asked.
+
+A kernel writes one line for each point, `retain(DC, dc, c, ...)`. What was not asked for is a None pointer, and its
+code is not compiled. Statistics are shares, one a tile, which the host adds up (or takes the maximum of): no atomics,
+the same bits at every run.
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from retainops.kernels.tiles import lanes_inside, load, share_of_sum, store, store_share
+
+
+class Stats(NamedTuple):
+    """Where each tile leaves its share of each statistic; None for one that nobody asked for."""
+
+    sumsq: Any = None
+    sum: Any = None
+    abs_sum: Any = None
+    act_grad: Any = None
+    amax: Any = None
+    nonfinite: Any = None
+    hist: Any = None  # 256 counts a tile
+    strides: tuple = (None, None)  # as in Operand, in statistics
+    tiles: tuple = (None, None)
+
+
+class Retained(NamedTuple):
+    """What was asked of a point; `ptr` is None if its full gradient was not."""
+
+    ptr: Any
+    strides: tuple
+    accumulate: Any  # 1: add to what is there; None: overwrite
+    stats: Stats
+
+
+@triton.jit
+def retain(DC, dc, c, at, SHAPE, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Keep the gradient `dc` of the point whose value is `c`, or statistics of it."""
+    take_stats(DC.stats, dc, c, at, SHAPE, BLOCK_M, BLOCK_N)
+    if DC.ptr is not None:
+        if DC.accumulate is not None:
+            dc += load(DC, at, SHAPE, dc.dtype, BLOCK_M, BLOCK_N)
+        store(DC, dc, at, SHAPE, BLOCK_M, BLOCK_N)
+
+
+@triton.jit
+def take_stats(S, g, c, at, SHAPE, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """This tile's share of each statistic of g, from g before it is rounded."""
+    # Outside SHAPE g need not be 0: an operand that is broadcast is not masked.
+    ok = lanes_inside(at, SHAPE, BLOCK_M, BLOCK_N)
+    wide = tl.where(ok, tl.broadcast_to(g, (BLOCK_M, BLOCK_N)), 0.0)
+    if S.sumsq is not None:
+        store_share(S.sumsq, S, share_of_sum(S, wide * wide), at, SHAPE, BLOCK_M, BLOCK_N)
+    if S.sum is not None:
+        store_share(S.sum, S, share_of_sum(S, wide), at, SHAPE, BLOCK_M, BLOCK_N)
+    if S.abs_sum is not None:
+        store_share(S.abs_sum, S, share_of_sum(S, tl.abs(wide)), at, SHAPE, BLOCK_M, BLOCK_N)
+    if S.act_grad is not None:
+        product = tl.where(ok, tl.broadcast_to(g * c, (BLOCK_M, BLOCK_N)), 0.0)
+        store_share(S.act_grad, S, share_of_sum(S, product), at, SHAPE, BLOCK_M, BLOCK_N)
+    if S.amax is not None:
+        # As integers, magnitudes order as they do as floats, and nan is above inf: a float maximum may drop it.
+        share = share_of_max(S, magnitude_bits(wide)).to(wide.dtype, bitcast=True)
+        store_share(S.amax, S, share, at, SHAPE, BLOCK_M, BLOCK_N)
+    if S.nonfinite is not None:
+        is_nonfinite = magnitude_bits(wide.to(tl.float32)) >= 0x7F800000
+        if wide.dtype == tl.float64:
+            is_nonfinite = magnitude_bits(wide) >= 0x7FF0000000000000
+        store_share(S.nonfinite, S, share_of_sum(S, is_nonfinite.to(tl.int32)), at, SHAPE, BLOCK_M, BLOCK_N)
+    if S.hist is not None:
+        bins = tl.reshape(magnitude_bits(wide.to(tl.float32)) >> 23, (BLOCK_M * BLOCK_N,))
+        counts = tl.histogram(bins, 256, mask=tl.reshape(ok, (BLOCK_M * BLOCK_N,)))
+        tl.store(S.hist + tl.program_id(0).to(tl.int64) * 256 + tl.arange(0, 256), counts)
+
+
+@triton.jit
+def magnitude_bits(x):
+    """The bits of |x|, as an integer."""
+    if x.dtype == tl.float64:
+        return x.to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF
+    else:
+        return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def share_of_max(X, x):
+    """The maximum over the tile `x` in the directions in which X is reduced."""
+    if X.tiles[-2] is not None:
+        x = tl.max(x, axis=0, keep_dims=True)
+    if X.tiles[-1] is not None:
+        x = tl.max(x, axis=1, keep_dims=True)
+    return x

@@ -1,0 +1,91 @@
+"""How an answer leaves a compiled graph: a tensor to autograd, several tensors to the compiler.
+
+A compiled graph cannot create a leaf, and a leaf made before the call would need the interior's shape. A `Parcel` has
+none: to autograd it is a 0-dim tensor, and it carries named tensors of any shape. The slot's *carrier* is a parcel that
+is a leaf, an input of the graph; the backward of a point returns a parcel as its gradient. AOTAutograd takes parcels
+apart into ordinary graph outputs, which Inductor stores from its fused kernels. Adding two parcels merges part by part,
+each by its own rule, so a maximum stays a maximum.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from retainops.stats import MERGE
+
+
+class Parcel(torch.Tensor):
+    """To autograd a 0-dim float32 tensor; carries named tensors of any shape. Adding two merges them."""
+
+    _names: tuple[str, ...]
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, names: tuple[str, ...], parts: Sequence[torch.Tensor]) -> Parcel:
+        return torch.Tensor._make_wrapper_subclass(cls, (), dtype=torch.float32, device=parts[0].device)
+
+    def __init__(self, names: tuple[str, ...], parts: Sequence[torch.Tensor]) -> None:
+        self._names = names
+        for name, part in zip(names, parts, strict=True):
+            setattr(self, f"_{name}", part)
+
+    def parts(self) -> dict[str, torch.Tensor]:
+        """The tensors it carries."""
+        return {name: getattr(self, f"_{name}") for name in self._names}
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"Parcel({self.parts()})"
+
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[str, ...]]:
+        return [f"_{name}" for name in self._names], self._names
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, torch.Tensor], names: tuple[str, ...], *_: Any) -> Parcel:
+        return Parcel(names, [inner[f"_{name}"] for name in names])
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        op, aten = func.overloadpacket, torch.ops.aten
+        if op is aten.add:
+            return _add(*args[:2])
+        # What autograd does to a gradient on its way to a leaf, and to a leaf on its way into a graph.
+        if op in (aten.detach, aten.alias, aten.clone, aten.view, aten.new_empty_strided, aten.empty_like):
+            return Parcel(args[0]._names, list(args[0].parts().values()))
+        if op is aten.copy_:
+            args[0].__init__(args[1]._names, list(args[1].parts().values()))
+            return args[0]
+        raise RuntimeError(f"the gradient of a slot inside torch.compile came to {func}, which is not defined for it")
+
+
+def _add(x: Parcel, y: Parcel) -> Parcel:
+    ours, theirs = x.parts(), y.parts()
+    for name, part in ours.items():
+        if part.shape != theirs[name].shape:
+            raise RuntimeError(
+                f"a point inside torch.compile was used with two shapes before one backward: {tuple(part.shape)} and "
+                f"{tuple(theirs[name].shape)}; give each use a slot of its own"
+            )
+    return Parcel(x._names, [MERGE[name](part, theirs[name]) for name, part in ours.items()])
+
+
+def pack(names: tuple[str, ...], *parts: torch.Tensor) -> torch.Tensor:
+    """A parcel, made inside a compiled graph."""
+    return Parcel(names, parts)
+
+
+@functools.cache
+def _let_dynamo_keep_pack() -> None:
+    # Here rather than on import: torch._dynamo takes a second to load (which every optimizer step asks for as well).
+    torch.compiler.allow_in_graph(pack)
+
+
+def carrier() -> torch.Tensor:
+    """A leaf for a slot inside torch.compile."""
+    _let_dynamo_keep_pack()
+    # On the GPU where one is in use: a CPU input would keep CUDA graphs away from the whole graph.
+    device = "cuda" if torch.cuda.is_available() and torch.cuda.is_initialized() else "cpu"
+    return Parcel(("dense",), [torch.zeros((), device=device)]).requires_grad_()

@@ -1,0 +1,177 @@
+"""Statistics of a gradient: what can be asked for, how it is computed from parts, and how parts merge.
+
+A statistic is made of *parts* that two gradients' worth of can be merged into one: a sum of squares adds up where an
+l2 norm does not. Kernels and the reference compute parts; a slot merges them over uses and backward calls, and derives
+the statistic when it is read. So a statistic speaks of all gradient values that passed since `reset()`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+HIST_BINS = 256
+"""Bin i counts the elements with 2**(i - 127) <= |g| < 2**(i - 126): the exponent field of float32. Bin 0 holds zeros
+and what float32 calls subnormal, bin 255 inf and nan."""
+
+MERGE: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "dense": torch.add,
+    "sumsq": torch.add,
+    "sum": torch.add,
+    "abs_sum": torch.add,
+    "act_grad": torch.add,
+    "amax": torch.maximum,  # nan wins, as in torch.amax
+    "count": torch.add,
+    "nonfinite": torch.add,
+    "hist": torch.add,
+}
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """One statistic: its parts, and how it is read off them."""
+
+    formula: str
+    parts: tuple[str, ...]
+    read: Callable[..., torch.Tensor]
+
+
+STATISTICS: dict[str, Statistic] = {
+    "l2": Statistic("sqrt(sum(g * g))", ("sumsq",), torch.sqrt),
+    "sum": Statistic("sum(g)", ("sum",), torch.clone),
+    "abs_sum": Statistic("sum(|g|)", ("abs_sum",), torch.clone),
+    "amax": Statistic("max(|g|)", ("amax",), torch.clone),
+    "mean": Statistic("sum(g) / count", ("sum", "count"), torch.true_divide),
+    "nonfinite": Statistic("how many of g are inf or nan", ("nonfinite",), torch.clone),
+    "act_grad": Statistic("sum(value * g)", ("act_grad",), torch.clone),
+    "hist": Statistic("counts of g by power-of-two exponent", ("hist",), torch.clone),
+}
+
+OVER = ("tensor", "rows", "channels")
+
+
+class Stats:
+    """Ask for statistics of a point's gradient instead of the gradient: no buffer of its size exists at any time.
+
+    Args:
+        *names: of "l2", "sum", "abs_sum", "amax", "mean", "nonfinite", "act_grad" (the sum of value x gradient) and
+            "hist" (counts by power-of-two exponent; see `HIST_BINS`).
+        over: "tensor" (one number), "rows" (reduced over the last dim: one a row) or "channels" (reduced over all
+            dims but the last). "hist" is of the whole tensor only.
+        grad: keep the full gradient too.
+
+    Sums are held in float32 (float64 for float64 gradients) and, in a kernel, taken before the gradient is rounded to
+    the tensor's dtype. Over several uses and backward calls sums and counts add up and amax takes the maximum: l2, mean
+    and the others speak of all gradient values since `reset()`.
+
+    Raises:
+        ValueError: nothing is named, a name or `over` is unknown, or "hist" over rows or channels.
+
+    Example:
+        >>> kept = ro.Retained(c=ro.Stats("l2", "amax"))
+        >>> ro.mul_sin(a, b, retain=kept).sum().backward()
+        >>> kept.c.l2, kept.c.amax
+    """
+
+    __slots__ = ("grad", "names", "over")
+
+    def __init__(self, *names: str, over: str = "tensor", grad: bool = False) -> None:
+        if not names:
+            raise ValueError(f"Stats: nothing asked for; name some of {', '.join(STATISTICS)}")
+        for name in names:
+            if name not in STATISTICS:
+                raise ValueError(f"Stats: unknown statistic {name!r}; expected some of {', '.join(STATISTICS)}")
+        if over not in OVER:
+            raise ValueError(f"Stats: over is {over!r}; expected one of {', '.join(OVER)}")
+        if over != "tensor" and "hist" in names:
+            raise ValueError(
+                f'Stats: "hist" over {over}; it is taken over the whole tensor: ask for it with over="tensor"'
+            )
+        self.names, self.over, self.grad = tuple(dict.fromkeys(names)), over, grad
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The parts that its statistics are read off."""
+        return tuple(dict.fromkeys(part for name in self.names for part in STATISTICS[name].parts))
+
+    def shape(self, of: torch.Size) -> torch.Size:
+        """The shape of a statistic of a gradient of shape `of` (hist: one dim of `HIST_BINS` more)."""
+        return {"tensor": torch.Size(()), "rows": of[:-1], "channels": of[-1:]}[self.over]
+
+    def check(self, op: str, point: str, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> None:
+        """Raise if these statistics cannot be taken of a gradient like this."""
+        if self.over != "tensor" and not shape:
+            raise ValueError(
+                f"{op}: Stats(over={self.over!r}) of point '{point}', which has no dims; use over=\"tensor\""
+            )
+        if dtype.is_complex:
+            raise ValueError(f"{op}: Stats of point '{point}', which is {dtype}; they are for real gradients")
+
+    def __repr__(self) -> str:
+        more = "" if self.over == "tensor" else f", over={self.over!r}"
+        return f"Stats({', '.join(self.names)}{more}{', grad=True' if self.grad else ''})"
+
+
+def parts_of(wanted: tuple[str, ...], over: str, g: torch.Tensor, value: torch.Tensor | None) -> list[torch.Tensor]:
+    """The parts of a gradient's statistics, in plain PyTorch: what kernels compute as they go.
+
+    Args:
+        wanted: names of parts.
+        over: "tensor", "rows" or "channels".
+        g: the gradient, any real dtype.
+        value: the interior's value; needed for "act_grad" alone.
+    """
+    wide = g.to(torch.promote_types(g.dtype, torch.float32))
+    dims = {"tensor": tuple(range(g.dim())), "rows": (-1,), "channels": tuple(range(g.dim() - 1))}[over]
+
+    def add_up(x: torch.Tensor) -> torch.Tensor:
+        return x.sum(dims) if dims else x
+
+    def part(name: str) -> torch.Tensor:
+        if name == "sumsq":
+            return add_up(wide * wide)
+        if name == "sum":
+            return add_up(wide)
+        if name == "abs_sum":
+            return add_up(wide.abs())
+        if name == "act_grad":
+            assert value is not None
+            return add_up(wide * value.to(wide.dtype))
+        if name == "amax":
+            return amax(wide.abs(), dims)
+        if name == "count":
+            return count(g, over)
+        if name == "nonfinite":
+            return add_up((~wide.isfinite()).to(torch.int64))
+        return hist(wide)
+
+    return [part(name) for name in wanted]
+
+
+def amax(magnitudes: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
+    """The maximum over dims, nan if one is; 0 of no elements."""
+    if not dims:
+        return magnitudes
+    if magnitudes.numel() == 0:
+        return magnitudes.sum(dims)  # no maximum of nothing: 0, of the right shape
+    return magnitudes.amax(dims)
+
+
+def count(g: torch.Tensor, over: str) -> torch.Tensor:
+    """How many elements each statistic is of."""
+    shape = Stats("mean", over=over).shape(g.shape)
+    return torch.full((), g.numel() // max(shape.numel(), 1), dtype=torch.int64, device=g.device)
+
+
+def hist(wide: torch.Tensor) -> torch.Tensor:
+    """Counts by the exponent field of float32."""
+    exponent = (wide.float().view(torch.int32) >> 23 & 255).reshape(-1).to(torch.int64)
+    zeros = torch.zeros(HIST_BINS, dtype=torch.int64, device=wide.device)
+    return zeros.scatter_add(0, exponent, torch.ones_like(exponent))
+
+
+def merge(old: Mapping[str, torch.Tensor], new: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Parts of all gradients seen, from those seen before and those of one more."""
+    return {name: MERGE[name](old[name], part) if name in old else part for name, part in new.items()}

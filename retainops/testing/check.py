@@ -1,0 +1,194 @@
+"""Check an op against eager PyTorch and a float64 oracle: values, gradients, retained gradients, bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from retainops import registry
+from retainops.testing._errors import bar, eager_errors, error, misplaced, same_bits
+from retainops.testing._runs import Call, Quantities, Terms, name_of
+from retainops.testing.layouts import check_layouts
+from retainops.testing.report import Report, Row
+
+__all__ = ["Report", "Row", "check_layouts", "check_op"]
+
+SEED = 20060609661
+"""Of the default dy: not a seed that the inputs may have come from, which would make it equal to one of them."""
+
+
+def check_op(
+    op: Callable[..., Any] | str,
+    *inputs: Any,
+    retain: Sequence[str] | None = None,
+    dy: torch.Tensor | None = None,
+    reference: Callable[..., torch.Tensor] | None = None,
+) -> Report:
+    """Compare an op with its definition run by eager PyTorch, at the inputs given.
+
+    Compared are the output, the gradient of every input, and the gradient of every point (with what `retain_grad()`
+    gives there). For each of them:
+
+    - its shape, its dtype and, for the output, its strides are eager's;
+    - it is NaN or infinite where eager's is, or where the oracle is once rounded to its dtype, and nowhere else;
+    - **error <= eager's error + one unit in the last place**: an error is max |x - oracle| over finite elements, and
+      the oracle is the reference in float64 on the same inputs.
+
+    And for the op as a whole: no input is written to; the output and the inputs' gradients are equal bit by bit with
+    retention on, off, and of each point alone; two runs are equal bit by bit, retained gradients too.
+
+    Why this bar. An op of as many roundings as eager's has them in other places, so it may be better or worse by
+    luck: by one rounding, not by more. The unit is taken where max |x - oracle| is reached for a rounding error, at
+    the oracle's largest magnitude m: eps * m (of a subnormal m, the spacing of subnormals; and no less than float32's
+    smallest normal number, since GPUs may flush what is below). To the unit of a gradient that is summed over
+    broadcast dims is added what the order of the sum may change, in the dtype it is held in: n additions one after
+    another of terms t are off by (eps / 2) * sqrt(n) * sum |t| (Higham and Mary 2019, SIAM J. Sci. Comput. 41(5)),
+    where n is the number of terms, or 64 if that is less, since kernels and PyTorch sum in blocks.
+
+    How eager's error is measured. With few elements, or one sum over many, it too is a matter of luck; so it is the
+    largest of 4 measurements, at the inputs and at copies moved by up to four units in the last place. In float64,
+    eager is its own oracle: there its error is that of the same expression in float32, scaled by the ratio of the two
+    dtypes' eps (the same roundings in the same places), and it counts twice, since one rounded result is compared
+    with another.
+
+    What it cannot see: an error in elements far smaller than the largest one. Give it inputs of like magnitudes.
+
+    Args:
+        op: a function of retainops, its name, or a function of yours that is called `op(*inputs, retain=kept)`.
+        *inputs: tensors of any layout, and numbers, as the op takes them. If some require grad, those are
+            differentiated; otherwise all floating-point tensors are.
+        retain: names of the points to check; default: all that the reference has. With `()` the op is called without
+            `retain=`, so a function that knows nothing of points can be checked too.
+        dy: the gradient of the output, in any layout; default: random numbers, the same ones each time.
+        reference: for a function of yours, its definition in plain PyTorch, `reference(*inputs, point)`, in which
+            `c = point("c", a * b)` names an interior value. It must compute in the dtype of its inputs, or wider.
+
+    Returns:
+        A `Report`: `.ok`, `.rows`, and a table as its `str`.
+
+    Raises:
+        KeyError: `op` is not an op of retainops and there is no `reference=`.
+        TypeError: no input is a floating-point tensor, or the op returned something else than a tensor.
+        ValueError: `retain` names a point that the reference does not have, or `dy` is not of the output's shape.
+        Exception: whatever eager PyTorch raises at these inputs.
+
+    Example:
+        >>> a, b = torch.randn(64, 96), torch.randn(96)
+        >>> print(check_op(ro.mul_sin, a, b))
+        >>> assert check_op(my_op, a, b, reference=my_reference).ok
+    """
+    if reference is None:
+        record = registry.find(op)
+        op, reference, name = record.call, record.reference, record.name
+    else:
+        name = name_of(op)
+    if not callable(op):
+        raise TypeError(f"check_op: op is {type(op).__name__}; expected a function, since reference= is given")
+    call = Call(reference, inputs)
+    if not any(call.needed):
+        raise TypeError(f"check_op: no input of {name} is a floating-point tensor; there is no gradient to check")
+    retain = _chosen(name, call.points(), retain)
+    dy = _checked_dy(call.eager(None, ())["y"], dy)
+
+    given = [x for x in (*inputs, dy) if isinstance(x, torch.Tensor)]
+    before = [x.detach().clone() for x in given]
+    run = call.fused(op, dy, retain)
+    differing = _differing_bits(call, op, dy, retain, run)
+    intact = all(same_bits(x, was) for x, was in zip(given, before, strict=True))
+    return Report(
+        op=name,
+        inputs=", ".join(_described(n, x) for n, x in zip(call.names, inputs, strict=True)),
+        rows=tuple(_rows(call, dy, retain, run)),
+        bitwise=not differing,
+        problems=tuple(differing) if intact else (*differing, "an input or dy was written to"),
+    )
+
+
+def _chosen(name: str, points: tuple[str, ...], retain: Sequence[str] | None) -> tuple[str, ...]:
+    unknown = [p for p in retain or () if p not in points]
+    if unknown:
+        raise ValueError(f"check_op: the reference of {name} has no point {unknown[0]!r}; it has: {', '.join(points)}")
+    return points if retain is None else tuple(p for p in points if p in retain)
+
+
+def _checked_dy(y: torch.Tensor | None, dy: torch.Tensor | None) -> torch.Tensor:
+    assert y is not None
+    if dy is None:
+        generator = torch.Generator().manual_seed(SEED)
+        return torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.device, y.dtype)
+    if dy.shape != y.shape:
+        raise ValueError(f"check_op: dy has shape {tuple(dy.shape)}; expected the output's, {tuple(y.shape)}")
+    return dy
+
+
+def _differing_bits(
+    call: Call, op: Callable[..., Any], dy: torch.Tensor, retain: tuple[str, ...], run: Quantities
+) -> list[str]:
+    """What differs in its bits between runs that must be equal, in words."""
+    others = {"in a second run": retain}
+    if len(retain) > 1:
+        others |= {f"with only {p} retained": (p,) for p in retain}
+    if retain:
+        others["without retention"] = ()
+    problems = []
+    for when, points in others.items():
+        other = call.fused(op, dy, points)
+        if differ := [name for name, x in other.items() if not same_bits(run[name], x)]:
+            problems.append(f"other bits {when}: {', '.join(differ)}")
+    return problems
+
+
+def _rows(call: Call, dy: torch.Tensor, retain: tuple[str, ...], run: Quantities) -> list[Row]:
+    eager = call.eager(dy, retain)
+    oracle = call.in_dtype(torch.float64).eager(dy.double(), retain)
+    errors, terms = eager_errors(call, dy, retain, eager), call.terms(dy, retain)
+    kinds = {"y": "output", **{call.label(p): "point" for p in retain}}
+    return [
+        _row(name, kinds.get(name, "input"), x, eager[name], errors[name], oracle[name], terms.get(name))
+        for name, x in run.items()
+    ]
+
+
+def _row(
+    name: str,
+    kind: str,
+    x: torch.Tensor | None,
+    eager: torch.Tensor | None,
+    eager_error: float,
+    oracle: torch.Tensor | None,
+    terms: Terms | None,
+) -> Row:
+    if x is None or eager is None or oracle is None:
+        problems = [] if x is eager else ["None; eager has a gradient" if x is None else "eager has no gradient here"]
+        return Row(name, kind, 0.0, 0.0, 0.0, tuple(problems))
+    mine, allowed = error(x, oracle), bar(eager, eager_error, oracle, terms)
+    problems = _unlike(kind, x, eager)
+    if x.shape == eager.shape:
+        if mine > allowed:
+            problems.append(f"error {mine:.2e} is above the bar {allowed:.2e}")
+        if count := misplaced(x, eager, oracle):
+            problems.append(f"{count} elements are NaN, infinite or finite where eager's are not")
+    return Row(name, kind, mine, eager_error, allowed, tuple(problems))
+
+
+def _unlike(kind: str, x: torch.Tensor, eager: torch.Tensor) -> list[str]:
+    """Shape, dtype and strides that are not eager's, in words."""
+    if x.shape != eager.shape:
+        return [f"shape {tuple(x.shape)}; eager's is {tuple(eager.shape)}"]
+    problems = []
+    if x.dtype != eager.dtype:
+        problems.append(f"{x.dtype}; eager's is {eager.dtype}")
+    # The stride of a dim of one element, or of a tensor without any, says nothing.
+    moving = [d for d, size in enumerate(x.shape) if size > 1] if x.numel() else []
+    if kind == "output" and any(x.stride(d) != eager.stride(d) for d in moving):
+        problems.append(f"strides {x.stride()}; eager's are {eager.stride()}")
+    return problems
+
+
+def _described(name: str, x: Any) -> str:
+    if not isinstance(x, torch.Tensor):
+        return f"{name}={x!r}"
+    strides = "" if x.is_contiguous() else f" strides {x.stride()}"
+    return f"{name}: {str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}{strides}"

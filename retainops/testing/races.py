@@ -1,0 +1,72 @@
+"""A log of who read and wrote which memory, and the races that it shows."""
+
+from __future__ import annotations
+
+import mmap
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, Any]
+
+MANY = -1  # more than one program
+_MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # named since Python 3.13
+
+
+class Shadow:
+    """The last programs to read and to write each unit of a stretch of memory.
+
+    The log has an entry a unit, and the entries never touched take no memory: the operating system hands out its
+    pages on first use.
+    """
+
+    def __init__(self, start: int, stop: int, unit: int) -> None:
+        self.start, self.unit = start, unit
+        units = -(-(stop - start) // unit)
+        self.writer, self.reader = _zeros(units), _zeros(units)  # 0: nobody; otherwise 1 + the program
+
+    def read(self, units: Array, program: int) -> tuple[int, int] | None:
+        """Log a read; returns (unit, the program that wrote it) where another program did."""
+        at, me = _as_slice(units), program + 1
+        writers, readers = self.writer[at], self.reader[at]
+        if writers.any() and (others := (writers != 0) & (writers != me)).any():
+            return _first(units, writers, others)
+        self.reader[at] = np.where((readers == 0) | (readers == me), me, MANY) if readers.any() else me
+        return None
+
+    def write(self, units: Array, program: int) -> tuple[str, int, int] | None:
+        """Log a write; returns ("written" or "read" or "twice", unit, the other program) where it may not be."""
+        at, me = _as_slice(units), program + 1
+        for verb, log in (("written", self.writer), ("read", self.reader)):
+            touched = log[at]
+            if touched.any() and (others := (touched != 0) & (touched != me)).any():
+                return verb, *_first(units, touched, others)
+        if not isinstance(at, slice):
+            lanes = np.arange(units.size, dtype=np.int32)
+            self.writer[at] = lanes
+            lost = self.writer[at] != lanes
+            if lost.any():
+                return "twice", int(units[lost][0]), program
+        self.writer[at] = me
+        return None
+
+
+def _zeros(n: int) -> Array:
+    if n < 1 << 20:
+        return np.zeros(n, np.int32)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+    return np.frombuffer(mmap.mmap(-1, 4 * n, flags=flags), np.int32)
+
+
+def _as_slice(units: Array) -> Any:
+    """Units that follow one another as a slice: indexing by it is several times faster."""
+    first, n = int(units[0]), units.size
+    if int(units[-1]) - first == n - 1 and (n == 1 or (units[1:] - units[:-1] == 1).all()):
+        return slice(first, first + n)
+    return units
+
+
+def _first(units: Array, programs: Array, which: Array) -> tuple[int, int]:
+    lane = int(which.argmax())
+    program = int(programs[lane])
+    return int(units[lane]), program if program == MANY else program - 1

@@ -1,0 +1,74 @@
+"""A simulated GPU: Triton kernels on CPU tensors, host code and compiler included."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+
+from retainops.testing import interpreter
+from retainops.testing.driver import Execute, Launch, driver
+from retainops.testing.interpreter import Programs
+
+ENGINES = ("interpreter", "ptx")
+
+
+@contextlib.contextmanager
+def simulated_gpu(
+    target: str = "sm_90",
+    *,
+    engine: str | Execute = "interpreter",
+    check: bool = True,
+    programs: Programs = None,
+) -> Iterator[list[Launch]]:
+    """Inside the `with`, kernels run on CPU tensors: launched and compiled for real, executed here.
+
+    The interpreter checks a kernel's logic. It computes as a GPU does where rounding is defined (bfloat16, fused
+    multiply-add, TF32 operands of dots, each step of a reduction), and evaluates transcendental functions (sin, cos,
+    exp, log, tanh, erf, sqrt, rsqrt, ..., libdevice's too) in float64, rounded once to the operand's type: the accuracy
+    of the GPU's own sin is not its business, nor is the order in which it sums.
+
+    Args:
+        target: the architecture to compile for, one of `retainops.testing.driver.TARGETS`.
+        engine: what executes a launch: "interpreter", "ptx" (the compiled PTX itself, `retainops.testing.ptx`), or a
+            function of a `Launch`.
+        check: of the interpreter: raise on an access outside the tensor that the pointer came from (or in the gaps of
+            a strided one), on programs that race (one writes what another reads or writes; atomics may), on lanes
+            of one store that meet in one element, and on storing a floating-point value into which went lanes that
+            a load masked off without `other=`. Such lanes hold NaN, or the largest integer. Without: several times
+            faster, and such lanes hold 0.
+        programs: of the interpreter: execute only these. A predicate `(index, total) -> bool` on the linear index (the
+            grid's first dim runs fastest), or the indices; a negative one counts from the end, one that a
+            launch's grid does not have is left out. None: all.
+
+    Yields:
+        The launches so far, a list which grows.
+
+    Raises:
+        KernelFault: (from a launch) a check found a fault; the message names kernel, argument, element and program.
+        ValueError: an unknown target or engine, or `programs` with another engine than the interpreter.
+        RuntimeError: entered from another thread while one is active there.
+
+    Example:
+        >>> with simulated_gpu() as launches:
+        ...     y = ro.mul_sin(a, b)
+        >>> launches[0].name
+        'mul_sin_fwd_kernel'
+    """
+    with driver(target, _execute(engine, check, programs)) as launches:
+        yield launches
+
+
+def _execute(engine: str | Execute, check: bool, programs: Programs) -> Execute:
+    if engine == "interpreter":
+        chosen = programs if programs is None or callable(programs) else list(programs)
+        return functools.partial(interpreter.run, check=check, programs=chosen)
+    if programs is not None:
+        raise ValueError(f'simulated_gpu: programs= is for engine="interpreter"; the engine is {engine!r}')
+    if callable(engine):
+        return engine
+    if engine == "ptx":
+        from retainops.testing import ptx
+
+        return ptx.run
+    raise ValueError(f"simulated_gpu: unknown engine {engine!r}; expected one of {', '.join(ENGINES)}, or a function")
