@@ -1,0 +1,317 @@
+"""Retention inside torch.compile(fullgraph=True): the same answers as in eager, no graph break, no stale graph."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from torch._inductor.utils import run_and_get_code
+from torch.utils.checkpoint import checkpoint
+
+import retainops as ro
+from retainops.registry import find
+from retainops.stats import STATISTICS
+from tests.conftest import GPU, random_leaves
+from tests.oracle import OPS, assert_near
+
+DEVICE = "cuda" if GPU else "cpu"
+EVERY = tuple(name for name in STATISTICS if name != "hist")  # a rounding can change a bin
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what Inductor says of the machine's compilers is not ours
+        yield
+    assert not counters["graph_break"], "a graph break"
+
+
+def graphs() -> int:
+    return counters["stats"]["unique_graphs"]
+
+
+def expression(a: torch.Tensor, b: torch.Tensor, kept: ro.Retained | None = None) -> torch.Tensor:
+    return torch.sin(ro.point(a * b, "c", retain=kept))
+
+
+def compiled(f: Callable = expression, backend: str = "aot_eager", **options) -> Callable:
+    return torch.compile(f, fullgraph=True, backend=backend, **options)
+
+
+def request(want: ro.Stats | ro.Into | None = None) -> ro.Retained:
+    return ro.Retained("c") if want is None else ro.Retained(c=want)
+
+
+def pair(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+    rand = random_leaves(DEVICE)
+    return rand(*shape, dtype=dtype), rand(*shape[-1:], dtype=dtype)
+
+
+def dc_of(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return torch.cos(a * b).detach()
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("over", [None, "tensor", "rows", "channels"])
+def test_the_same_answers_as_in_eager(name: str, backend: str, over: str | None) -> None:
+    op = find(name)
+    step = compiled(lambda a, b, kept: op.call(a * 2, b, retain=kept) + 1, backend)
+    for dtype in (torch.float32, torch.bfloat16) if backend == "aot_eager" else (torch.float32,):
+        a, b = pair(4, 33, dtype=dtype)
+        for point in op.points:
+            ours, theirs = (
+                ro.Retained(point.name)
+                if over is None
+                else ro.Retained(**{point.name: ro.Stats(*EVERY, over=over, grad=True)})
+                for _ in range(2)
+            )
+            step(a, b, ours).sum().backward()
+            da, a.grad, b.grad = a.grad, None, None
+            (op.call(a * 2, b, retain=theirs) + 1).sum().backward()
+            assert_near(da, a.grad, 4)
+            assert_near(ours[point.name].grad, theirs[point.name].grad, 4)
+            for stat in EVERY if over else ():
+                got, want = getattr(ours[point.name], stat), getattr(theirs[point.name], stat)
+                torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_nothing_of_a_compiled_function_is_an_error_anywhere_else() -> None:
+    """The peers' rows of docs/compile.md, run: what PyTorch itself offers for this."""
+
+    def inside(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        c = a * b
+        c.retain_grad()
+        return torch.sin(c)
+
+    a, b = pair(3, 4)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="retain_grad"):
+        compiled(inside)(a, b)
+    counters.clear()
+
+    outside = compiled(lambda a, b: ((c := a * b), torch.sin(c)))
+    c, y = outside(a, b)
+    c.retain_grad()
+    y.sum().backward()
+    assert c.grad is None  # without a word
+
+    kept = request()
+    compiled()(a, b, kept).sum().backward()
+    assert_near(kept.c.grad, dc_of(a, b))
+
+
+def test_retain_grad_inside_without_fullgraph_compiles_nothing() -> None:
+    def inside(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        c = a * b
+        c.retain_grad()
+        return torch.sin(c)
+
+    torch.compile(inside, backend="aot_eager")(*pair(3, 4))
+    assert graphs() == 0  # the whole function fell back to eager
+    counters.clear()
+
+
+def test_register_hook_inside_sees_the_gradient_and_keeps_nothing_fused() -> None:
+    seen = []
+
+    def inside(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        c = a * b
+        c.register_hook(lambda g: seen.append(g))
+        return torch.sin(c)
+
+    a, b = pair(3, 4)
+    with pytest.raises((torch._dynamo.exc.Unsupported, torch._dynamo.exc.InternalTorchDynamoError)):
+        compiled(inside)(a, b)
+    counters.clear()
+
+
+def test_switching_on_and_off_goes_back_to_the_first_graph() -> None:
+    step, (a, b) = compiled(), pair(3, 4)
+    step(a, b, None).sum().backward()
+    assert graphs() == 1
+    for _ in range(3):  # a new request each time, as people write it: one graph for all of them
+        kept = request()
+        step(a, b, kept).sum().backward()
+        assert_near(kept.c.grad, dc_of(a, b))
+    assert graphs() == 2
+    step(a, b, None).sum().backward()
+    assert graphs() == 2
+
+
+def test_batch_size_may_change() -> None:
+    step, kept = compiled(), request(ro.Stats("l2", "mean", grad=True))
+    for n in (5, 6, 7, 8):
+        a, b = pair(n, 4)
+        step(a, b, kept).sum().backward()
+        assert_near(kept.c.grad, dc_of(a, b))
+        torch.testing.assert_close(kept.c.mean, dc_of(a, b).mean())
+        kept.reset()
+    assert graphs() == 2  # one for the first size, one for all others
+
+
+def test_gradient_accumulation() -> None:
+    step, (a, b), kept = compiled(), pair(3, 4), request(ro.Stats("amax", "sum", grad=True))
+    for scale in (1, -5, 2):
+        (step(a, b, kept) * scale).sum().backward()
+    assert_near(kept.c.grad, -2 * dc_of(a, b), 8)
+    torch.testing.assert_close(kept.c.amax, 5 * dc_of(a, b).abs().max())
+    torch.testing.assert_close(kept.c.sum, -2 * dc_of(a, b).sum())
+
+
+def test_two_uses_in_one_graph() -> None:
+    step = compiled(lambda a, b, kept: expression(a, b, kept) + 2 * expression(b, a, kept))
+    (a, b), kept = pair(3, 4), request(ro.Stats("amax", grad=True))
+    step(a, b, kept).sum().backward()
+    assert_near(kept.c.grad, 3 * dc_of(a, b), 4)
+    torch.testing.assert_close(kept.c.amax, 2 * dc_of(a, b).abs().max())
+
+
+def test_two_forwards_before_one_backward() -> None:
+    step, (a, b), kept = compiled(), pair(3, 4), request()
+    (step(a, b, kept).sum() + 2 * step(a, b, kept).sum()).backward()
+    assert_near(kept.c.grad, 3 * dc_of(a, b), 4)
+
+
+def test_two_shapes_at_one_point() -> None:
+    step, kept = compiled(lambda a, b, kept: expression(a, b, kept).sum() + expression(a[:2], b, kept).sum()), request()
+    with pytest.raises(Exception, match=r"used with two shapes.*\(3, 4\).*\(2, 4\)|\(2, 4\).*\(3, 4\)"):
+        step(*pair(3, 4), kept).backward()
+    step, kept = compiled(), request()
+    step(*pair(3, 4), kept).sum().backward()
+    with pytest.raises(RuntimeError, match=r"shape \(5, 4\).*holds one of shape \(3, 4\).*reset\(\)"):
+        step(*pair(5, 4), kept).sum().backward()
+
+
+@pytest.mark.parametrize("where", ["inside", "around"])
+def test_checkpoint(where: str) -> None:
+    def inside(a: torch.Tensor, b: torch.Tensor, kept: ro.Retained) -> torch.Tensor:
+        return checkpoint(expression, a * 1.5, b, kept, use_reentrant=False)
+
+    (a, b), kept = pair(3, 4), request()
+    if where == "inside":
+        compiled(inside)(a, b, kept).sum().backward()
+    else:
+        checkpoint(compiled(), a * 1.5, b, kept, use_reentrant=False).sum().backward()
+    assert_near(kept.c.grad, dc_of(a * 1.5, b))
+
+
+def test_autocast() -> None:
+    def f(a: torch.Tensor, b: torch.Tensor, kept: ro.Retained) -> torch.Tensor:
+        with torch.autocast(DEVICE, torch.bfloat16):
+            return torch.sin(ro.point(a @ b, "c", retain=kept))
+
+    rand, kept = random_leaves(DEVICE), request()
+    a, b = rand(4, 5), rand(5, 6)
+    compiled(f)(a, b, kept).sum().backward()
+    assert kept.c.dtype == torch.bfloat16
+    assert a.grad.dtype == torch.float32
+    theirs = request()
+    f(a, b, theirs).sum().backward()
+    assert_near(kept.c.grad, theirs.c.grad, 4)
+
+
+def test_into_a_buffer() -> None:
+    (a, b), buffer = pair(3, 4), torch.zeros(3, 4, device=DEVICE)
+    kept = request(ro.Into(buffer))
+    for _ in range(2):
+        compiled()(a, b, kept).sum().backward()
+    assert kept.c.grad is buffer
+    assert_near(buffer, 2 * dc_of(a, b))
+
+
+def test_gradients_of_the_inputs_are_bitwise_those_without() -> None:
+    step = compiled()
+    a, b = pair(64, 48)
+    plain = torch.autograd.grad(step(a, b, None).sum(), (a, b))
+    for want in (None, ro.Stats("l2", "amax", "act_grad")):
+        with_ = torch.autograd.grad(step(a, b, request(want)).sum(), (a, b))
+        assert all(torch.equal(x, y) for x, y in zip(plain, with_, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("matmul", [False, True])
+def test_a_second_backward_is_right_or_refused(backend: str, matmul: bool) -> None:
+    """A compiled backward may be given its saved buffers for good ("donated"): then PyTorch refuses retain_graph."""
+    rand, kept = random_leaves(DEVICE), request()
+    x, w, v = rand(8, 16), rand(16, 16), rand(16, 16)
+
+    def f(x: torch.Tensor, w: torch.Tensor, v: torch.Tensor, kept: ro.Retained) -> torch.Tensor:
+        c = ro.point(x @ w if matmul else x * w[0], "c", retain=kept)
+        return torch.relu(torch.sin(c) @ v) if matmul else torch.sin(c) * v[0]
+
+    want = request()
+    f(x, w, v, want).sum().backward()
+    y = compiled(f, backend)(x, w, v, kept).sum()
+    try:
+        y.backward(retain_graph=True)
+    except RuntimeError as refusal:
+        assert "donated buffers" in str(refusal)  # noqa: PT017 - either outcome is right
+        return
+    assert_near(kept.c.grad, want.c.grad, 8)
+    y.backward(retain_graph=True)
+    assert_near(kept.c.grad, 2 * want.c.grad, 8)
+
+
+def test_no_gradient_reaches_the_point() -> None:
+    a, b = (x.detach() for x in pair(3, 4))
+    with pytest.raises(Exception, match="can't retain_grad"):
+        compiled()(a, b, request())
+    counters.clear()
+
+
+def test_unknown_point_of_an_op() -> None:
+    with pytest.raises(Exception, match="unknown point 'd'"):
+        compiled(lambda a, b, kept: ro.mul_sin(a, b, retain=kept))(*pair(3, 4), ro.Retained("d"))
+    counters.clear()
+
+
+def test_mixing_eager_and_compiled_uses() -> None:
+    (a, b), kept = pair(3, 4), request(ro.Stats("sum", grad=True))
+    (expression(a, b, kept) + compiled()(a, b, kept)).sum().backward()
+    assert_near(kept.c.grad, 2 * dc_of(a, b))
+    torch.testing.assert_close(kept.c.sum, 2 * dc_of(a, b).sum())
+
+
+@pytest.mark.parametrize(
+    ("want", "stores"),
+    [
+        (None, 2),  # da, db
+        ("grad", 3),
+        (ro.Stats("l2"), 3),
+        (ro.Stats("l2", "amax", "act_grad", "mean", "nonfinite"), 7),
+        (ro.Stats("l2", "amax", over="channels"), 4),
+    ],
+    ids=repr,
+)
+@pytest.mark.skipif(GPU, reason="reads the C++ that Inductor writes for a CPU")
+def test_inductor_stores_the_answer_from_the_one_fused_backward_kernel(
+    want: ro.Stats | str | None, stores: int
+) -> None:
+    rand = random_leaves(DEVICE)
+    a, b, dy = rand(64, 48), rand(64, 48), rand(64, 48, requires_grad=False)
+    kept = None if want is None else ro.Retained("c") if want == "grad" else ro.Retained(c=want)
+    step = torch.compile(expression, fullgraph=True)
+    _, (_forward, backward) = run_and_get_code(lambda: step(a, b, kept).backward(dy))
+    kernels = re.findall(r"async_compile.cpp_pybinding\(\[(.*?)\]", backward)
+    assert len(kernels) == 1
+    written = [argument for argument in kernels[0].split(",") if "const" not in argument]
+    assert len(written) in (stores, stores + 1)  # one more where a count needs a constant written
+    assert "extern_kernels." not in backward
+
+
+@pytest.mark.skipif(not GPU, reason="CUDA graphs need CUDA")
+def test_reduce_overhead() -> None:
+    step = torch.compile(expression, fullgraph=True, mode="reduce-overhead")
+    a, b = pair(64, 48)
+    for _ in range(4):
+        kept = request(ro.Stats("l2", grad=True))
+        step(a, b, kept).sum().backward()
+        assert_near(kept.c.grad, dc_of(a, b))
+        torch.testing.assert_close(kept.c.l2, dc_of(a, b).norm())
+    assert counters["inductor"]["cudagraph_skips"] == 0
