@@ -195,3 +195,31 @@ def test_strides_beyond_two_to_the_31st(kernels: Path) -> None:
     a = torch.empty_strided((5,), (step,), device=kernels.device)
     a.copy_(torch.arange(5.0))
     assert_near(ro.mul_sin(a, 0.5), torch.sin(a * 0.5))
+
+
+@pytest.mark.skipif(GPU, reason="on a GPU the machine code itself runs, in every other test")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("shapes", [((1027,), (1027,)), ((70, 66), (66,)), ((5, 3, 7), (3, 1))], ids=str)
+def test_the_compiled_code_itself(dtype: torch.dtype, shapes: tuple) -> None:
+    """The PTX that a GPU would be given, executed: its own sin and cos, its shuffles, its addresses."""
+    from retainops.testing import simulated_gpu
+
+    rand = random_leaves("cpu")
+    a, b = (rand(*shape, dtype=dtype) for shape in shapes)
+    want = ro.Stats("l2", "amax", "act_grad", "nonfinite", grad=True)
+    kept, simulated = ro.Retained(c=want), ro.Retained(c=want)
+    with simulated_gpu(engine="ptx"):
+        y = ro.mul_sin(a, b, retain=kept)
+        y.sum().backward()
+    grads, a.grad, b.grad = (a.grad, b.grad), None, None
+    with simulated_gpu():
+        z = ro.mul_sin(a, b, retain=simulated)
+        z.sum().backward()
+    # libdevice's sin and cos are good to 2 ulp, the interpreter's to half of one: 4 ulp of what interiors are held in,
+    # which in 16 bits can move a rounding by one.
+    held = 4 * torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    ulp = torch.finfo(dtype).eps if dtype.itemsize == 2 else 0
+    pairs = [(y, z), (kept.c.grad, simulated.c.grad), (grads[0], a.grad), (grads[1], b.grad)]
+    for ours, other in [*pairs, *((getattr(kept.c, n), getattr(simulated.c, n)) for n in want.names)]:
+        top = max(other.abs().max().item(), 1.0)
+        torch.testing.assert_close(ours, other, rtol=ulp, atol=held * top * max(shapes[0][0] ** 0.5, 1))

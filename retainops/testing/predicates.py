@@ -1,8 +1,9 @@
 """Which guards in machine code test the same condition.
 
 The compiler computes `whole` once and then guards with it in many places: branches, predicated accesses, an early
-EXIT. With only seven predicate registers it also keeps it in a general register meanwhile (`P2R R8, PR, RZ, 0x4`)
-and takes it back (`ISETP.NE.AND P2, PT, R8, RZ, PT`). Value numbering sees through that.
+EXIT. With only seven predicate registers it copies it about: from a uniform one (`PLOP3.LUT P2, PT, PT, PT, UP0, 0x80,
+0x0`), into a general register (`P2R R8, PR, RZ, 0x4`) and back (`ISETP.NE.AND P2, PT, R8, RZ, PT`). Following the
+copies tells which guards test the same.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from collections.abc import Callable, Mapping
 
 from retainops.testing.sass import Instruction
 
-Condition = tuple[str, int]  # one computed condition: the register and the address at which it was written or merged
-Guard = tuple[Condition, bool]  # an instruction acts when this condition has this value
-_State = dict[str, Condition]  # what registers hold: "P0", "UP1", and "R8" for a predicate kept in a general register
+Condition = tuple[str, int]  # the register that held it first, and the address where that was written
+Guard = tuple[Condition, bool]  # acts when the condition has this value
+_State = dict[str, Guard]  # what registers hold: "P0", "UP1", and "R8" for a predicate kept in a general register
+_LUT_SAME, _LUT_NOT = "0x80", "0x40"  # of PLOP3 with both other inputs true: its third input, or the opposite
 
 
 def guards(
@@ -43,8 +45,9 @@ def guards(
         state = dict(into[block])
         for i in blocks[block]:
             if i.condition and "&" not in i.condition:
-                register = i.condition.lstrip("!")
-                found[i.address] = (state.get(register, _arriving(register, block)), not i.condition.startswith("!"))
+                register, plain = i.condition.lstrip("!"), not i.condition.startswith("!")
+                condition, value = state.get(register, _arriving(register, block))
+                found[i.address] = condition, value == plain
             _execute(state, i)
     return found
 
@@ -61,34 +64,39 @@ def _merge(known: _State | None, state: _State, block: int) -> _State:
     return merged
 
 
-def _arriving(register: str, block: int) -> Condition:
-    return f"{register} on arrival", block
+def _arriving(register: str, block: int) -> Guard:
+    return (f"{register} on arrival", block), True
 
 
 def _execute(state: _State, i: Instruction) -> None:
     """Bring what the registers hold up to date with one instruction."""
     operands = [o.strip().removesuffix(".reuse") for o in i.operands.split(",")]
-    kept = re.fullmatch(r"PR, RZ, (0x[0-9a-f]+)", ", ".join(operands[1:]))
-    if i.base == "P2R" and kept and not i.guard:
-        bits = int(kept[1], 16)
-        held = state.get(f"P{bits.bit_length() - 1}") if bits.bit_count() == 1 else None
-        state.pop(operands[0], None)
-        if held:
-            state[operands[0]] = held
-        return
-    if i.opcode == "ISETP.NE.AND" and operands[1:2] + operands[3:] == ["PT", "RZ", "PT"] and not i.guard:
-        if held := state.get(operands[2]):
-            state[operands[0]] = held
-            return
+    copied = None if i.guard else _copied(state, i, operands)
     if i.base in ("R2P", "CALL"):
         for register in [r for r in state if i.base == "CALL" or r.startswith("P")]:
-            state[register] = (register, i.address)
-    for operand in operands[:3]:  # the results stand first; taking a source for one only forgets what was known
+            state[register] = (register, i.address), True
+    for operand in operands[:3]:  # results stand first; to take a source for one only forgets what was known
         if re.fullmatch(r"U?P\d", operand):
-            state[operand] = (operand, i.address)
+            state[operand] = (operand, i.address), True
     if written := re.fullmatch(r"R(\d+)", operands[0]):
         for n in range(_registers(i)):
             state.pop(f"R{int(written[1]) + n}", None)
+    if copied:
+        state[operands[0]] = copied
+
+
+def _copied(state: _State, i: Instruction, operands: list[str]) -> Guard | None:
+    """The guard that an instruction copies to its first operand, if that is all it does."""
+    if i.base == "P2R" and operands[1:3] == ["PR", "RZ"]:
+        bits = int(operands[3], 16)
+        return state.get(f"P{bits.bit_length() - 1}") if bits.bit_count() == 1 else None
+    if i.opcode == "ISETP.NE.AND" and operands[1:2] + operands[3:] == ["PT", "RZ", "PT"]:
+        return state.get(operands[2])
+    if i.opcode in ("PLOP3.LUT", "UPLOP3.LUT") and all(o.endswith("PT") and o[0] != "!" for o in operands[1:4]):
+        if operands[5] in (_LUT_SAME, _LUT_NOT) and operands[4] in state:
+            condition, value = state[operands[4]]
+            return condition, value == (operands[5] == _LUT_SAME)
+    return None
 
 
 def _registers(i: Instruction) -> int:

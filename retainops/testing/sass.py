@@ -102,6 +102,7 @@ def parse(text: str) -> list[Instruction]:
     for line in text.splitlines():
         if found := _LINE.match(line):
             address, guard, opcode, operands, encoding = found.groups()
+            operands = re.sub(r"\s*[&?]\w+=?.*", "", operands)  # scheduling, which newer cuobjdumps append
             code.append(Instruction(int(address, 16), guard or "", opcode, operands, encoding))
         elif (more := _MORE.match(line)) and code:
             last = code[-1]

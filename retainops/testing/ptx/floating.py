@@ -16,7 +16,7 @@ import numpy as np
 from retainops.testing.ptx import numerics
 from retainops.testing.ptx.instructions import value
 from retainops.testing.ptx.program import Instruction
-from retainops.testing.ptx.types import Array
+from retainops.testing.ptx.types import Array, PTXError
 
 _MODES = "rn rz rm rp"
 
@@ -48,6 +48,8 @@ def _fma(op: Instruction, x: Array, y: Array, z: Array) -> Array:
 
 @value("fma.rz fma.rm fma.rp", modifiers="ftz")
 def _fma_directed(op: Instruction, x: Array, y: Array, z: Array) -> Array:
+    if op.type.name != "f32":
+        raise PTXError(f"{op.opcode} is emulated in fp32 only")
     return numerics.fma(x, y, z, rounding(op))
 
 

@@ -86,10 +86,9 @@ def mul(x: Array, y: Array, mode: str = "rn") -> Array:
 
 
 def fma(x: Array, y: Array, z: Array, mode: str = "rn") -> Array:
-    """x * y + z rounded once: exactly as the hardware's, for float64 and everything shorter.
+    """x * y + z of float32 or float64 numbers rounded once, as the hardware does.
 
-    Returns:
-        The dtype of the arguments; for float16 and bf16 (held in float32) see `fma_short`.
+    In float64 to nearest even only. For float16 and bf16 (which is held in float32) see `fma_short`.
     """
     if x.dtype == np.float64:
         return _fma64(x, y, z)
