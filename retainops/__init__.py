@@ -1,10 +1,25 @@
 """Fused Triton ops for PyTorch whose interior values can still be asked for their gradient."""
 
+from retainops import nn
 from retainops._version import __version__
 from retainops.dispatch import backend, explain
+from retainops.models import points, retain
 from retainops.ops import mul_sin
-from retainops.points import point, points
+from retainops.points import point
 from retainops.slots import Into, Retained, Slot
 from retainops.stats import Stats
 
-__all__ = ["Into", "Retained", "Slot", "Stats", "__version__", "backend", "explain", "mul_sin", "point", "points"]
+__all__ = [
+    "Into",
+    "Retained",
+    "Slot",
+    "Stats",
+    "__version__",
+    "backend",
+    "explain",
+    "mul_sin",
+    "nn",
+    "point",
+    "points",
+    "retain",
+]

@@ -22,7 +22,7 @@ class Parcel(torch.Tensor):
     """To autograd a 0-dim float32 tensor; carries named tensors of any shape. Adding two merges them."""
 
     _names: tuple[str, ...]
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(cls, names: tuple[str, ...], parts: Sequence[torch.Tensor]) -> Parcel:

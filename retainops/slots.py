@@ -8,8 +8,9 @@ differentiable input. The op's backward returns the interior's gradient for it, 
 from __future__ import annotations
 
 import functools
+import itertools
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -84,6 +85,21 @@ class Answer(NamedTuple):
     stats: Stats | None
 
 
+class Arrival(NamedTuple):
+    """When the first gradient since `reset()` came to a slot.
+
+    Attributes:
+        number: counts up over all slots, in the order of backward.
+        compiled: it came out of a compiled graph, which hands over all that it has at once, in any order.
+    """
+
+    number: int
+    compiled: bool
+
+
+_arrivals = itertools.count()
+
+
 class Slot:
     """One point that was asked for, and its gradient or its statistics once `backward()` has run.
 
@@ -105,6 +121,7 @@ class Slot:
         self._filled = False  # an Into buffer holds a gradient
         self._may_rebind = False
         self._parts: dict[str, torch.Tensor] = {}
+        self._arrival: Arrival | None = None
         self.carrier = parcel.carrier()
         self.carrier.register_post_accumulate_grad_hook(functools.partial(_unpack, weakref.ref(self)))
 
@@ -153,6 +170,7 @@ class Slot:
         self._filled = False
         self._may_rebind = True
         self._parts = {}
+        self._arrival = None
         self.carrier.grad = None
         if self._leaf is not None:
             self._leaf.grad = None
@@ -186,6 +204,7 @@ class Slot:
 
         The shape is the graph's: the slot itself may have been reset and bound to another one since.
         """
+        self._note_arrival()
         if isinstance(self.want, Into):
             buffer = self.want.buffer
             self.want.check(op, self.name, shape, dtype, device)
@@ -200,6 +219,7 @@ class Slot:
 
     def merge(self, parts: Mapping[str, torch.Tensor]) -> None:
         """Take one backward call's parts of statistics."""
+        self._note_arrival()
         # No graph is kept through statistics, and what create_graph gave is not theirs to hold.
         self._parts = merge(self._parts, {name: part.detach() for name, part in parts.items()})
 
@@ -208,6 +228,7 @@ class Slot:
 
         `value` is the interior's value, for statistics that need it.
         """
+        self._note_arrival()
         if isinstance(self.want, Into):
             answer = self.answer(op, grad.shape, grad.dtype, grad.device)
             with torch.no_grad():
@@ -225,6 +246,7 @@ class Slot:
 
     def _deposit_from_graph(self, parts: dict[str, torch.Tensor]) -> None:
         """Take what a compiled graph answered."""
+        self._note_arrival(compiled=True)
         dense = parts.pop("dense", None)
         if parts:
             self.merge(parts)
@@ -236,13 +258,32 @@ class Slot:
         else:
             leaf.grad = dense.contiguous() if leaf.grad is None else leaf.grad + dense
 
+    def _readings(self) -> dict[str, torch.Tensor | None]:
+        names = self.want.names if isinstance(self.want, Stats) else ()
+        return {"grad": self.grad, **{name: getattr(self, name) for name in names}}
+
+    def _note_arrival(self, compiled: bool = False) -> None:
+        if self._arrival is None:
+            self._arrival = Arrival(next(_arrivals), compiled)
+
+    def _is_finite(self) -> bool | None:
+        """Whether the gradient is; None: there is none. Reads a value, so it waits for the GPU."""
+        if self.grad is not None:
+            return bool(self.grad.isfinite().all())
+        found = self.nonfinite if self._tells_nonfinite() and isinstance(self.want, Stats) else None
+        return None if found is None else not bool(found.any())
+
+    def _tells_nonfinite(self) -> bool:
+        return not isinstance(self.want, Stats) or self.want.grad or "nonfinite" in self.want.names
+
     def __repr__(self) -> str:
         return f"Slot({', '.join(self._row())})"
 
     def _row(self) -> tuple[str, str, str, str]:
-        shape = "not used yet" if self.shape is None else str(tuple(self.shape))
-        dtype = "" if self.dtype is None else str(self.dtype).removeprefix("torch.")
         filled = bool(self._parts) if isinstance(self.want, Stats) else self.grad is not None
+        unknown = "any shape" if filled else "not used yet"  # statistics out of a compiled graph come without a shape
+        shape = unknown if self.shape is None else str(tuple(self.shape))
+        dtype = "" if self.dtype is None else str(self.dtype).removeprefix("torch.")
         state = "grad" if self.want is None else repr(self.want)
         return self.name, shape, dtype, state if filled else f"no {state} yet"
 
@@ -289,6 +330,13 @@ class Retained(Mapping[str, Slot]):
                 raise TypeError(f"Retained: {name}= is {type(want).__name__}; expected Into(buffer) or Stats(...)")
             self._slots[name] = Slot(name, want)
 
+    @classmethod
+    def of(cls, slots: Mapping[str, Slot]) -> Retained:
+        """A request that is answered in slots of another one, perhaps by other names."""
+        new = cls.__new__(cls)
+        new._slots = dict(slots)
+        return new
+
     def __getitem__(self, name: str) -> Slot:
         try:
             return self._slots[name]
@@ -319,11 +367,64 @@ class Retained(Mapping[str, Slot]):
         for slot in self._slots.values():
             slot.reset()
 
+    def to_dict(self) -> dict[str, dict[str, torch.Tensor | None]]:
+        """Name of a point -> {"grad": its gradient, and each statistic asked for}; None for what is not there."""
+        return {name: slot._readings() for name, slot in self._slots.items()}
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What is there, flat and detached: {"layers.0.act.grad": ..., "layers.0.act.l2": ...}, for `torch.save`."""
+        found = ((f"{name}.{what}", t) for name, of in self.to_dict().items() for what, t in of.items())
+        return {name: t.detach() for name, t in found if t is not None}
+
+    def first_nonfinite(self) -> str | None:
+        """The name of the first point, in the order of backward, whose gradient has an inf or a nan; None: all finite.
+
+        It reads values, so it waits for the GPU. The order is that in which gradients first came since `reset()`. A
+        compiled graph hands them over all at once: among its points, one that was registered (or asked for) later
+        counts as earlier in backward.
+
+        Raises:
+            ValueError: of some point neither the gradient nor the statistic "nonfinite" was asked for.
+            RuntimeError: no gradient has come yet.
+
+        Example:
+            >>> with ro.retain(model, "*", ro.Stats("nonfinite")) as kept:
+            ...     model(x).sum().backward()
+            >>> kept.first_nonfinite()
+            'layers.7.act'
+        """
+        silent = [name for name, slot in self._slots.items() if not slot._tells_nonfinite()]
+        if silent:
+            raise ValueError(
+                f'first_nonfinite: nothing tells of {listed(silent)}; ask for the gradient, or for Stats("nonfinite")'
+            )
+        arrived = _in_backward_order(self._slots)
+        if not arrived:
+            raise RuntimeError("first_nonfinite: no gradient has come to any point; call backward() first")
+        return next((name for name in arrived if self._slots[name]._is_finite() is False), None)
+
     def __repr__(self) -> str:
         rows = [slot._row() for slot in self._slots.values()]
         widths = [max(len(row[i]) for row in rows) for i in range(4)]
         lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
         return "Retained\n" + "\n".join("  " + line.rstrip() for line in lines)
+
+
+def _in_backward_order(slots: Mapping[str, Slot]) -> list[str]:
+    place = {name: i for i, name in enumerate(slots)}
+    arrivals = sorted((slot._arrival, name) for name, slot in slots.items() if slot._arrival is not None)
+    order: list[str] = []
+    for compiled, group in itertools.groupby(arrivals, key=lambda arrived: arrived[0].compiled):
+        names = [name for _, name in group]
+        order += sorted(names, key=place.__getitem__, reverse=True) if compiled else names
+    return order
+
+
+def listed(names: Iterable[str], most: int = 20) -> str:
+    """Names with commas between, the rest of a long list as a count."""
+    names = list(names)
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f", ... and {more} more" if more > 0 else "")
 
 
 def overlaps_itself(t: torch.Tensor) -> bool:

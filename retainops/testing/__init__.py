@@ -1,10 +1,10 @@
 """Verifying kernels, with or without a GPU. docs/verification.md is the tour.
 
-    simulated_gpu()    CPU tensors take the kernels' path; Triton's interpreter executes, with checks (layer 1)
-    ptx                the compiled PTX itself, executed on CPU tensors (layer 2)
-    static_report()    registers, spills, widths of accesses, from the machine code (layer 3)
-    predict()          a roofline model's time (layer 4)
-    check_op()         an op against eager PyTorch, its retain_grad(), and float64
+simulated_gpu()    CPU tensors take the kernels' path; Triton's interpreter executes, with checks (layer 1)
+ptx                the compiled PTX itself, executed on CPU tensors (layer 2)
+static_report()    registers, spills, widths of accesses, from the machine code (layer 3)
+predict()          a roofline model's time (layer 4)
+check_op()         an op against eager PyTorch, its retain_grad(), and float64
 """
 
 from __future__ import annotations

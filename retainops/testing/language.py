@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 import types
 from collections.abc import Callable, Sequence
@@ -95,11 +96,8 @@ def _method(function: Any) -> Callable[..., Any]:
 
 
 def _builtin(function: Any) -> Callable[..., Any]:
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return function(*args, **{**kwargs, "_semantic": semantic})
-
-    return call
+    function = inspect.unwrap(function)  # from a check that there is a `_semantic`
+    return lambda *args, **kwargs: function(*args, **{**kwargs, "_semantic": semantic})
 
 
 class _Recorder:
@@ -120,6 +118,11 @@ def changes() -> list[tuple[Any, str, Any]]:
     with Patched([*found, (triton_interpreter, "_LangPatchScope", _Recorder)]):
         kernel = types.SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
         found += triton_interpreter._patch_lang(kernel).changes
+    for owner in (tl, tl.core, tl.math, tl.tensor, tl.core.tensor_descriptor_base, cuda_libdevice):
+        found += [(owner, name, _builtin(f)) for name, f in inspect.getmembers(owner, tl.core.is_builtin)]
+    found += [
+        (any_libdevice, f.__name__, _builtin(f)) for _, f in inspect.getmembers(cuda_libdevice, tl.core.is_builtin)
+    ]
     for owner in (tl, tl.core, tl.tensor):
         found += [(owner, "reduce", reduce), (owner, "associative_scan", associative_scan)]
     for owner in (tl, tl.core):
@@ -128,8 +131,5 @@ def changes() -> list[tuple[Any, str, Any]]:
     found += [(tl.tensor, "__init__", _make_tensor), (tl.block_type, "__init__", _make_block_type)]
     members = {name: f for name, f in vars(tl.tensor).items() if isinstance(f, JITFunction)}  # x.sum(), x.max(), ...
     found += [(tl.tensor, name, _method(f)) for name, f in members.items()]
-    for name, f in vars(cuda_libdevice).items():
-        if tl.core.is_builtin(f):
-            found += [(owner, name, _builtin(f)) for owner in (any_libdevice, cuda_libdevice)]
     found.append((JITFunction, "__call__", lambda self, *args, **kwargs: interpreted(self)(*args, **kwargs)))
     return list({(id(owner), name): (owner, name, value) for owner, name, value in found}.values())

@@ -70,6 +70,8 @@ def _arriving(register: str, block: int) -> Guard:
 
 def _execute(state: _State, i: Instruction) -> None:
     """Bring what the registers hold up to date with one instruction."""
+    if i.base == "BRA":  # `BRA.U UP0, 0xca0` reads its operands
+        return
     operands = [o.strip().removesuffix(".reuse") for o in i.operands.split(",")]
     copied = None if i.guard else _copied(state, i, operands)
     if i.base in ("R2P", "CALL"):
@@ -92,10 +94,10 @@ def _copied(state: _State, i: Instruction, operands: list[str]) -> Guard | None:
         return state.get(f"P{bits.bit_length() - 1}") if bits.bit_count() == 1 else None
     if i.opcode == "ISETP.NE.AND" and operands[1:2] + operands[3:] == ["PT", "RZ", "PT"]:
         return state.get(operands[2])
-    if i.opcode in ("PLOP3.LUT", "UPLOP3.LUT") and all(o.endswith("PT") and o[0] != "!" for o in operands[1:4]):
-        if operands[5] in (_LUT_SAME, _LUT_NOT) and operands[4] in state:
-            condition, value = state[operands[4]]
-            return condition, value == (operands[5] == _LUT_SAME)
+    is_plop = i.opcode in ("PLOP3.LUT", "UPLOP3.LUT") and operands[2:4] in (["PT", "PT"], ["UPT", "UPT"])
+    if is_plop and operands[4] in state and operands[5] in (_LUT_SAME, _LUT_NOT):
+        condition, value = state[operands[4]]
+        return condition, value == (operands[5] == _LUT_SAME)
     return None
 
 

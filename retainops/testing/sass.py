@@ -77,10 +77,6 @@ class Instruction:
         operand = re.match(r"(!?U?P\d)\s*,", self.operands)
         return " & ".join(filter(None, (self.guard, operand and operand[1])))
 
-    def writes(self, predicate: str) -> bool:
-        """Whether it may write this predicate register (written ones stand among the first operands)."""
-        return self.base in ("R2P", "R2UR") or predicate in [o.strip() for o in self.operands.split(",")[:3]]
-
 
 @functools.lru_cache(maxsize=256)
 def disassemble(cubin: bytes) -> str:

@@ -210,7 +210,7 @@ def test_an_expanded_dy_and_numbers_are_taken():
 @pytest.mark.parametrize(
     ("call", "error", "said"),
     [
-        (lambda a, b: check_op("mul_cos", a, b), KeyError, "there are: mul_sin"),
+        (lambda a, b: check_op("mul_cos", a, b), KeyError, "is not an op of retainops"),
         (lambda a, b: check_op(ro.mul_sin, a, b, retain=("d",)), ValueError, "has no point 'd'; it has: c"),
         (lambda a, b: check_op(ro.mul_sin, a, b, dy=b), ValueError, "expected the output's, (19, 33)"),
         (lambda a, b: check_op(ro.mul_sin, a.long(), b.long()), TypeError, "no input of mul_sin is a floating-point"),

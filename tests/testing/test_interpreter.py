@@ -11,6 +11,10 @@ import triton.language as tl
 from triton.language.extra import libdevice
 from triton.language.extra.cuda import libdevice as cuda_libdevice
 
+from retainops.testing.builder import semantic
+from retainops.testing.language import Patched, changes
+from retainops.testing.memory import KernelFault
+from retainops.testing.rewriting import interpreted, truth
 from retainops.testing.simulated import simulated_gpu
 
 HALF = tl.constexpr(0.5)
@@ -375,7 +379,7 @@ def strided_rows_kernel(X, Y, rows, n, BLOCK: tl.constexpr):
         tl.store(Y + at, tl.load(X + at, mask=j < n) * 2, mask=j < n)
     for row in range(tl.program_id(0), rows, 3):
         for k in tl.static_range(2):
-            tl.store(Y + row * n + k, row.to(tl.float32) * HALF + k)
+            tl.store(Y + row * n + k, HALF * row.to(tl.float32) + k)
 
 
 def test_loops_over_rows():
@@ -386,23 +390,58 @@ def test_loops_over_rows():
 
 
 @triton.jit
-def promotion_kernel(X, Y, ALPHA, n, BLOCK: tl.constexpr, SHIFT: tl.constexpr = HALF):
+def promotion_kernel(X, Y, ALPHA, BLOCK: tl.constexpr, SHIFT: tl.constexpr = HALF):
     i = tl.arange(0, BLOCK)
     x = tl.load(X + i)
     third = 1.0 / 3
-    if n > 0 and not (n < 2 or x.dtype == tl.float32):
-        tl.store(Y + i, x * ALPHA)  # bf16 times a float argument is fp32, times a constant bf16
-    y = x * (1.0 / 3) + SHIFT
-    y += third * 0
-    tl.store(Y + BLOCK + i, y, mask=i >= 0)
-    assert third > 0, "a scalar"
+    tl.store(Y + i, x * ALPHA + SHIFT)  # a number that is an argument is fp32
+    tl.store(Y + BLOCK + i, x * third + SHIFT)  # so is one that has been given a name
+    tl.store(Y + 2 * BLOCK + i, x * (1.0 / 3) + SHIFT)  # a constant takes x's type
+    x *= third
+    tl.store(Y + 3 * BLOCK + i, x + SHIFT)
 
 
 def test_types_are_the_compiled_ones():
-    x, y = torch.randn(64).bfloat16(), torch.empty(2, 64)
-    promotion_kernel[(1,)](x, y, 1 / 3, 64, BLOCK=64)
-    same_bits(y[0], x.float() * torch.tensor(1 / 3))
-    same_bits(y[1], (x * torch.tensor(1 / 3).bfloat16() + 0.5).float())
+    x, y = torch.randn(64).bfloat16(), torch.empty(4, 64)
+    promotion_kernel[(1,)](x, y, 1 / 3, BLOCK=64)
+    wide = x.float() * torch.tensor(1 / 3) + 0.5
+    narrow = x * torch.tensor(1 / 3).bfloat16() + 0.5
+    same_bits(y, torch.stack([wide, wide, narrow.float(), wide]))
+
+
+@triton.jit
+def conditions_kernel(X, NOTHING, Y, n):
+    i = tl.program_id(0)
+    y = 0
+    if NOTHING is not None and tl.load(NOTHING) > 0:
+        y += 1
+    if NOTHING is None or tl.load(NOTHING) > 0:
+        y += 10
+    if not (i < 2) and (i > 0 and i < n):
+        y += 100
+    if i == 1 or tl.load(X + i) > 0:
+        y += 1000
+    assert y >= 0, "a scalar"
+    tl.store(Y + i, 1 if y == 10 else y)
+
+
+def test_conditions():
+    x, y = torch.zeros(4), torch.zeros(4, dtype=torch.int32)
+    conditions_kernel[(4,)](x, None, y, 3)
+    assert y.tolist() == [1, 1010, 110, 1]
+    with pytest.raises(KernelFault, match=r"load of X\[1\]"):  # there is no short cut on a GPU
+        conditions_kernel[(2,)](x[:1], None, y, 3)
+
+
+@triton.jit
+def between(a, b, c):
+    return a < b < c  # triton 3.6 compiles no such chains, 3.9 does
+
+
+def test_a_chain_of_comparisons():
+    with Patched(changes()):
+        found = [interpreted(between)(*map(semantic.to_tensor, abc)) for abc in ((1, 2, 3), (2, 2, 3), (1, 2, 2))]
+    assert list(map(truth, found)) == [True, False, False]
 
 
 def test_a_kernel_inside_a_function():

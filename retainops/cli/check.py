@@ -1,0 +1,128 @@
+"""`retainops check`: every op against float64 and eager PyTorch, on this machine."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+import typer
+from rich import box
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from retainops import registry
+from retainops.cli.messages import fail, found_op
+from retainops.cli.sweep import KERNELS, REFERENCE, Outcome, Path, paths, sweep
+from retainops.testing.check import Row
+
+DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
+SHOWN = 5
+"""Failures that are printed in full."""
+
+
+def check(
+    op: Annotated[list[str] | None, typer.Option(help="Only this op; may be repeated.", metavar="NAME")] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="Only this dtype; may be repeated.", metavar="NAME")] = None,
+    shape: Annotated[str, typer.Option(help="Shape of the inputs.", metavar="ROWSxCOLUMNS")] = "37x53",
+    layouts: Annotated[bool, typer.Option("--layouts", help="A row for each layout, not the worst of them.")] = False,
+) -> None:
+    """Check every op on this machine: its output, its gradients and its retained gradients, in many layouts.
+
+    Each is compared with a float64 oracle and must be as near to it as eager PyTorch is; retaining must not change a
+    bit of anything else. The kernels run on the GPU or, where there is none, on a simulated one; the reference path
+    is checked too. The exit status is 1 if anything fails. `retainops.testing.check_op` does this for ops of yours.
+
+    Example: retainops check --op mul_sin --dtype bfloat16 --layouts
+    """
+    ops = [found_op(name) for name in op] if op else list(registry.ops())
+    names = dtype or list(DTYPES)
+    for name in names:
+        if name not in DTYPES:
+            fail(f"--dtype {name}: unknown dtype; expected one of {', '.join(DTYPES)}")
+    size = _size(shape)
+    console = Console()
+    ways = paths()
+    console.print(Text("\n".join(way.description for way in ways)))
+    outcomes = _run(console, ops, names, size, ways)
+    over = "" if layouts else ", the largest over all layouts"
+    console.print(f"max |x - oracle|{over}; oracle: eager in float64")
+    for one in ops:
+        console.print(_table(one, [o for o in outcomes if o.op == one.name], layouts))
+    failed = [o for o in outcomes if not o.ok]
+    for outcome in failed[:SHOWN]:
+        console.print(Text(f"\n{outcome}", style="red"), soft_wrap=True)
+    if failed:
+        fail(f"{len(failed)} of {len(outcomes)} checks failed", status=1)
+    console.print(f"all {len(outcomes)} checks are ok")
+
+
+def _size(shape: str) -> torch.Size:
+    try:
+        size = torch.Size(int(n) for n in shape.split("x"))
+    except ValueError:
+        size = torch.Size()
+    if not size or min(size) < 1:
+        fail(f"--shape {shape}: expected positive sizes with x between them, such as 37x53")
+    return size
+
+
+def _run(
+    console: Console, ops: list[registry.Op], dtypes: list[str], size: torch.Size, ways: list[Path]
+) -> list[Outcome]:
+    columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
+    outcomes: list[Outcome] = []
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("checking", total=len(ops) * len(dtypes) * len(ways))
+        for way in ways:
+            with way.entered():
+                for op in ops:
+                    for name in dtypes:
+                        progress.update(task, description=f"{op.name} {name}, {way.name}")
+                        outcomes += sweep(op, DTYPES[name], size, way)
+                        progress.advance(task)
+    return outcomes
+
+
+def _table(op: registry.Op, outcomes: list[Outcome], layouts: bool) -> Table:
+    """An op's results: one row for a dtype and quantity, or for each layout of them."""
+    groups: dict[tuple[str, str, str], list[tuple[Outcome, Row | None]]] = {}
+    for outcome in outcomes:
+        for row in outcome.report.rows if outcome.report else (None,):
+            key = (outcome.dtype, outcome.layout if layouts else "", row.name if row else "call")
+            groups.setdefault(key, []).append((outcome, row))
+    title = Text(f"\n{op.name} = {op.formula}", style="bold")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for name in ("dtype", "layout", "of"):
+        if layouts or name != "layout":
+            table.add_column(name, no_wrap=True)
+    for name in ("eager's", KERNELS, REFERENCE):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name in ("bitwise", "verdict"):
+        table.add_column(name, no_wrap=True)
+    last = ("", "")
+    for (dtype, layout, quantity), members in groups.items():
+        where = ["" if dtype == last[0] else dtype, *([layout if (dtype, layout) != last else ""] if layouts else [])]
+        if where[0] and last[0]:
+            table.add_section()
+        table.add_row(*where, quantity, *_cells(members))
+        last = dtype, layout
+    return table
+
+
+def _cells(members: list[tuple[Outcome, Row | None]]) -> list[Text]:
+    """eager's error, each path's, bitwise, verdict."""
+
+    def most(errors: list[float]) -> Text:
+        return Text(f"{max(errors):.1e}" if errors else "-")
+
+    of_path = [[row.error for o, row in members if row and o.path == path] for path in (KERNELS, REFERENCE)]
+    bitwise = all(o.report.bitwise for o, _ in members if o.report)
+    bad = sum(row is None or not row.ok or not o.sound for o, row in members)
+    return [
+        most([row.eager_error for _, row in members if row]),
+        *map(most, of_path),
+        Text("yes") if bitwise else Text("no", style="red"),
+        Text(f"{bad} of {len(members)} FAIL", style="red") if bad else Text("ok", style="green"),
+    ]

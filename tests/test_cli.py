@@ -1,0 +1,188 @@
+"""The command line: what each command prints, and its exit status."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import retainops as ro
+from retainops import registry
+from retainops.cli import bench, sweep
+from retainops.cli.app import app
+from retainops.testing.check import check_layouts
+
+SMALL = ("--op", "mul_sin", "--dtype", "float32", "--shape", "5x7")
+
+
+def run(*args: str):
+    return CliRunner().invoke(app, args)
+
+
+def words(text: str) -> str:
+    """The text without the line breaks that the width of the terminal put there."""
+    return " ".join(text.split())
+
+
+@pytest.mark.parametrize("command", ["demo", "points", "check", "bench"])
+def test_help_says_what_a_command_does_with_an_example(command):
+    result = run(command, "--help")
+    assert result.exit_code == 0
+    assert f"Example: retainops {command}" in words(result.output)
+    assert command in run("--help").output
+
+
+def test_points_lists_every_op():
+    result = run("points")
+    assert result.exit_code == 0
+    for op in registry.ops():
+        assert op.name in result.output
+    assert 'c a * b broadcast of a and b Retained("c")' in words(run("points", "mul_sin").output)
+
+
+def test_points_of_one_op_lists_no_other(monkeypatch):
+    other = dataclasses.replace(registry.find("mul_sin"), name="mul_other")
+    monkeypatch.setitem(registry._ops, "mul_other", other)
+    assert "mul_other" in run("points").output
+    assert "mul_other" not in run("points", "mul_sin").output
+
+
+def test_check_of_a_right_op_on_every_path(monkeypatch):
+    def three(*inputs):
+        layouts = check_layouts(*inputs)
+        return {name: layouts[name] for name in ("contiguous", "row 1", "0 elements")}
+
+    monkeypatch.setattr(sweep, "check_layouts", three)
+    result = run("check", *SMALL)
+    assert result.exit_code == 0, result.output
+    assert "kernels: on" in result.output
+    assert "reference: on" in result.output
+    lines = [line.split() for line in result.output.splitlines()]
+    for quantity in ("y", "da", "db", "dc"):
+        row = next(line for line in lines if quantity in line[:2])
+        assert row[-2:] == ["yes", "ok"]
+        assert all(0 <= float(number) < 1e-4 for number in row[-5:-2])  # eager's, kernels, reference
+    assert "all 6 checks are ok" in result.output
+
+
+def test_check_with_a_row_for_each_layout(monkeypatch):
+    monkeypatch.setattr("retainops.cli.check.paths", _reference_only)
+    result = run("check", *SMALL, "--layouts")
+    assert result.exit_code == 0
+    for layout in ("contiguous", "transposed", "row 0", "outer", "0 dims"):
+        assert layout in result.output
+
+
+def _reference_only():
+    return [sweep.Path(sweep.REFERENCE, "reference: on cpu", "cpu", lambda: ro.backend("reference"))]
+
+
+def _fault(monkeypatch, call):
+    monkeypatch.setattr("retainops.cli.check.paths", _reference_only)
+    monkeypatch.setitem(registry._ops, "mul_sin", dataclasses.replace(registry.find("mul_sin"), call=call))
+    return run("check", *SMALL)
+
+
+def test_a_wrong_op_fails_the_check(monkeypatch):
+    result = _fault(monkeypatch, lambda a, b, retain=None: -ro.mul_sin(a, b, retain=retain))
+    assert result.exit_code == 1
+    assert "14 of 15 FAIL" in result.output  # 0 elements have no wrong sign
+    assert "is above the bar" in result.output
+    assert "14 of 15 checks failed" in result.output
+
+
+def test_other_bits_when_retained_fail_the_check(monkeypatch):
+    def call(a, b, retain=None):
+        y = ro.mul_sin(a, b, retain=retain)
+        return y if retain is None else y * (1 + torch.finfo(y.dtype).eps)
+
+    result = _fault(monkeypatch, call)
+    assert result.exit_code == 1
+    assert "other bits without retention: y" in result.output
+    row = next(line.split() for line in result.output.splitlines() if line.split()[:2] == ["float32", "y"])
+    assert row[-5:] == ["no", "14", "of", "15", "FAIL"]
+
+
+def test_an_op_that_raises_fails_the_check(monkeypatch):
+    def call(a, b, retain=None):
+        raise ZeroDivisionError("of all things")
+
+    result = _fault(monkeypatch, call)
+    assert result.exit_code == 1
+    assert "raised ZeroDivisionError: of all things" in result.output
+    assert "15 of 15 checks failed" in result.output
+
+
+def test_a_reference_that_raises_fails_the_check(monkeypatch):
+    def reference(a, b, point):
+        raise RuntimeError("no reference")
+
+    monkeypatch.setattr("retainops.cli.check.paths", _reference_only)
+    monkeypatch.setitem(registry._ops, "mul_sin", dataclasses.replace(registry.find("mul_sin"), reference=reference))
+    result = run("check", *SMALL)
+    assert result.exit_code == 1
+    assert "raised RuntimeError: no reference" in result.output
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (("points", "mul_cos"), "'mul_cos' is not an op of retainops; there are: "),
+        (("check", "--op", "mul_cos"), "'mul_cos' is not an op of retainops; there are: "),
+        (("check", "--dtype", "int8"), "--dtype int8: unknown dtype; expected one of float16, bfloat16"),
+        (("check", "--shape", "5by7"), "--shape 5by7: expected positive sizes with x between them"),
+        (("check", "--shape", "0x7"), "--shape 0x7: expected positive sizes"),
+    ],
+)
+def test_a_mistake_gets_one_line_and_status_2(args, said):
+    result = run(*args)
+    assert result.exit_code == 2
+    assert said in result.output
+    assert len(result.output.splitlines()) == 1
+
+
+def test_bench_hands_its_options_on(monkeypatch):
+    calls = []
+
+    def fake(command, cwd):
+        calls.append((command, cwd))
+        return subprocess.CompletedProcess(command, 3)
+
+    monkeypatch.setattr(bench.subprocess, "run", fake)
+    assert run("bench", "--quick", "-k", "mul_sin").exit_code == 3
+    ((command, cwd),) = calls
+    assert command[1:] == ["-m", "bench.run", "--quick", "-k", "mul_sin"]
+    assert (cwd / "bench" / "run.py").is_file()
+
+
+def test_bench_outside_a_checkout_says_where_the_benchmarks_are(monkeypatch, tmp_path):
+    monkeypatch.setattr(bench, "ROOT", tmp_path)
+    result = run("bench")
+    assert result.exit_code == 2
+    assert "only of the source repository" in result.output
+
+
+def test_without_the_extra_the_library_imports_and_the_command_line_says_what_to_install():
+    code = (
+        "import sys, importlib.util\n"
+        "import retainops\n"
+        "assert not {'typer', 'rich', 'matplotlib', 'PIL'} & set(sys.modules)\n"
+        "sys.modules.update(typer=None, matplotlib=None)\n"
+        "from retainops.cli import main\n"
+        "main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        'retainops: the command line needs typer and matplotlib, not installed here; pip install "retainops[demo]"'
+    ]
+
+
+def test_the_module_runs():
+    done = subprocess.run([sys.executable, "-m", "retainops", "points", "mul_cos"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "'mul_cos' is not an op of retainops" in done.stderr

@@ -1,0 +1,147 @@
+"""What the machine code does, from SASS for sm_90: pay only for what is asked. No GPU is needed to read it."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+import retainops as ro
+from retainops.kernels.tiles import load, store, store_grad, tile
+from retainops.testing import static_report
+from retainops.testing.static import KernelReport
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed: there is no machine code", allow_module_level=True)
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+LENGTHS = {"aligned": 4096, "ragged": 4099}
+ACCESS = 16  # bytes of a 128-bit access
+
+
+@triton.jit
+def without_points_bwd_kernel(
+    A, B, DY, DA, DB, SHAPE, DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """mul_sin's backward as it would be if nobody had ever thought of retaining."""
+    at = tile(SHAPE, BLOCK_M, BLOCK_N)
+    a = load(A, at, SHAPE, DTYPE, BLOCK_M, BLOCK_N)
+    b = load(B, at, SHAPE, DTYPE, BLOCK_M, BLOCK_N)
+    dy = load(DY, at, SHAPE, DTYPE, BLOCK_M, BLOCK_N)
+    c = a * b
+    dc = dy * tl.cos(c)
+    store_grad(DA, dc * b, at, SHAPE, BLOCK_M, BLOCK_N)
+    store_grad(DB, dc * a, at, SHAPE, BLOCK_M, BLOCK_N)
+
+
+def backward_call(dtype: torch.dtype, n: int, retain: Callable[[], ro.Retained | None]) -> Callable[[], object]:
+    a, b = (torch.ones(n, dtype=dtype, requires_grad=True) for _ in "ab")
+
+    def call() -> None:
+        y = ro.mul_sin(a, b, retain=retain())
+        torch.autograd.grad(y, [a, b], torch.ones_like(y))
+
+    return call
+
+
+def reports(dtype: torch.dtype, n: int, retain: Callable = lambda: None, target: str = "sm_90") -> list[KernelReport]:
+    return static_report(backward_call(dtype, n, retain), target)
+
+
+@pytest.mark.parametrize("n", LENGTHS.values(), ids=LENGTHS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "sm_120"])
+def test_no_spills(dtype: torch.dtype, n: int, target: str) -> None:
+    for report in reports(dtype, n, lambda: ro.Retained("c"), target):
+        assert (report.spill_stores, report.spill_loads) == (0, 0), str(report)
+
+
+@pytest.mark.parametrize(
+    "shapes", [((64, 96), (96,)), ((64, 96), (64, 1)), ((64, 96), ()), ((64, 1), (1, 96))], ids=str
+)
+def test_no_spills_in_broadcast_sums(shapes: tuple) -> None:
+    a, b = (torch.ones(shape, requires_grad=True) for shape in shapes)
+    for want in (ro.Retained("c"), ro.Retained(c=ro.Stats("l2", "amax", "act_grad", over="channels"))):
+        for report in static_report(lambda want=want: ro.mul_sin(a, b, retain=want).sum().backward()):
+            assert (report.spill_stores, report.spill_loads) == (0, 0), str(report)
+
+
+@pytest.mark.parametrize("n", LENGTHS.values(), ids=LENGTHS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_retention_off_is_the_kernel_that_never_heard_of_it(dtype: torch.dtype, n: int) -> None:
+    backward = reports(dtype, n)[-1]
+    shape, strides = (1, n), (None, 1)
+    held = tl.float64 if dtype == torch.float64 else tl.float32
+
+    def plain() -> None:
+        from retainops.kernels.tiles import Operand
+
+        operands = [Operand(torch.empty(n, dtype=dtype), strides) for _ in range(5)]
+        without_points_bwd_kernel[(-(-n // 1024),)](*operands, shape, held, 1, 1024, num_warps=4)
+
+    (never,) = static_report(plain)
+    assert backward.name == "mul_sin_bwd_kernel"
+    assert backward.machine_code == never.machine_code
+    retained = reports(dtype, n, lambda: ro.Retained("c"))[-1]
+    assert retained.machine_code != never.machine_code  # the comparison can fail
+
+
+@pytest.mark.parametrize("n", LENGTHS.values(), ids=LENGTHS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_one_more_store_for_the_retained_point_and_no_more_loads(dtype: torch.dtype, n: int) -> None:
+    plain = reports(dtype, n)[-1]
+    for want in (lambda: ro.Retained("c"), lambda: ro.Retained(c=ro.Into(torch.empty(n, dtype=dtype)))):
+        kept = reports(dtype, n, want)[-1]
+        assert kept.loads == plain.loads
+        # Two gradients are stored without, three with: each width half as often again.
+        assert {width: 2 * times for width, times in kept.stores.items()} == {
+            width: 3 * times for width, times in plain.stores.items()
+        }
+
+
+@pytest.mark.parametrize("n", LENGTHS.values(), ids=LENGTHS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_accesses_of_16_bytes_at_any_length(dtype: torch.dtype, n: int) -> None:
+    """A whole tile is accessed 128 bits at a time; only a ragged tile, one a tensor, is not."""
+    a_thread = 1024 * dtype.itemsize // (4 * 32 * ACCESS)  # accesses for one tensor's tile, a thread
+    for report, tensors in zip(reports(dtype, n), [(2, 1), (3, 2)], strict=True):
+        loads, stores = tensors
+        copies = 2 if n % 16 == 0 else 1  # the masked code of an aligned length is 128 bits wide too
+        assert report.loads["LDG.128"] == copies * loads * a_thread
+        assert report.stores["STG.128"] == copies * stores * a_thread
+
+
+def test_a_gradient_not_needed_is_not_stored() -> None:
+    a, b = torch.ones(4096, requires_grad=True), torch.ones(4096)
+    one = static_report(lambda: ro.mul_sin(a, b).sum().backward())[-1]
+    both = reports(torch.float32, 4096)[-1]
+    assert 2 * sum(one.stores.values()) == sum(both.stores.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_statistics_add_under_a_thousandth_of_the_bytes(dtype: torch.dtype) -> None:
+    n = 1 << 20
+    plain = reports(dtype, n)[-1]
+    kept = reports(dtype, n, lambda: ro.Retained(c=ro.Stats("l2", "amax")))[-1]
+    assert (kept.spill_stores, kept.spill_loads) == (0, 0)
+    assert kept.loads == plain.loads
+    assert kept.stores["STG.128"] == plain.stores["STG.128"]
+    # What is stored beside: one float32 a statistic and tile of 1024 elements, of which five tensors are moved.
+    shares, moved = 2 * 4, 5 * 1024 * dtype.itemsize
+    assert sum(kept.stores.values()) - sum(plain.stores.values()) <= 4  # predicated to one lane, in two places
+    assert shares / moved < 0.001
+
+
+@pytest.mark.parametrize("target", ["gfx942"])
+def test_amd(target: str) -> None:
+    for report in reports(torch.bfloat16, 4096, lambda: ro.Retained("c"), target):
+        assert report.spill_stores == 0
+
+
+def test_the_mended_import_is_the_one_kernel() -> None:
+    """Two imports of one kernel under two names would be two kernels to Triton."""
+    assert store.fn.__module__ == "retainops.kernels.tiles"
