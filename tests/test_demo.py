@@ -50,7 +50,7 @@ def test_it_fits_a_photograph_of_yours(tmp_path):
     target = picture.load_photograph(tmp_path / "mine.png", 12).mul(2).sub(1).reshape(-1, 3)
     torch.manual_seed(0)
     model, coordinates = siren.Siren(width=24, hidden=2), siren.coordinates(12, torch.device("cpu"))
-    fit = siren.fit(model, coordinates, target, 60, lambda step, loss: None)
+    fit = siren.fit(model, model, coordinates, target, 60, lambda step, loss: None)
     assert fit.norms.shape == (2, 60)
     assert siren.psnr(fit.losses[-1].item()) > 24 > siren.psnr(fit.losses[0].item())
 
@@ -60,7 +60,7 @@ def test_the_norms_are_those_of_retain_grad():
     model, x, target = siren.Siren(width=8, hidden=3), siren.coordinates(6, torch.device("cpu")), torch.rand(36, 3)
     y, interiors = model.eager(x)
     (y - target).square().mean().backward()
-    fit = siren.fit(model, x, target, 1, lambda step, loss: None)
+    fit = siren.fit(model, model, x, target, 1, lambda step, loss: None)
     torch.testing.assert_close(fit.norms[:, 0], torch.stack([c.grad.norm() for c in interiors]))
 
 
@@ -108,3 +108,10 @@ def test_a_broken_image_is_named(tmp_path):
     result = run("--image", str(path))
     assert result.exit_code == 2
     assert "broken.png" in result.output
+
+
+def test_compiled(tmp_path):
+    result = run("--compile", "--steps", "2", "--size", "8", "--out", str(tmp_path / "tiny.png"))
+    assert result.exit_code == 0, result.output
+    assert "inside torch.compile" in result.output
+    assert set(verdicts(result.output)) <= {"agrees", "bitwise equal"}

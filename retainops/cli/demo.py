@@ -26,6 +26,9 @@ def demo(
     steps: Annotated[int, typer.Option(help="How many steps of Adam.", min=1)] = 250,
     size: Annotated[int, typer.Option(help="Pixels along each side.", min=2, max=2048)] = 128,
     out: Annotated[Path, typer.Option(help="Where to write the picture.", metavar="FILE")] = Path("demo.png"),
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Run the network under torch.compile(fullgraph=True), retention included.")
+    ] = False,
     device: Annotated[str, typer.Option(help='"auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", ...')] = "auto",
 ) -> None:
     """Fit a photograph with fused layers, and keep the gradient inside every one of them.
@@ -53,13 +56,17 @@ def demo(
         f"Fitting {size} x {size} pixels on {_called(where)}: {len(model.hidden)} hidden layers, {parameters:,} "
         "parameters, the gradient of each layer's c retained in every step."
     )
-    console.print(ro.explain(ro.mul_sin, target, siren.W0))
-    fit = _fit(console, model, x, target, steps)
+    if compiled:
+        console.print("mul_sin takes the reference path inside torch.compile; the first step compiles (seconds).")
+    else:
+        console.print(ro.explain(ro.mul_sin, target, siren.W0))
+    run = torch.compile(model, fullgraph=True) if compiled else model
+    fit = _fit(console, model, run, x, target, steps)
     with torch.no_grad():
         y = model(x).clamp(-1, 1)
     psnr = siren.psnr((y - target).square().mean().item())
     picture.draw(out, photograph, ((y.cpu() + 1) / 2).view_as(photograph), psnr, fit)
-    checks = siren.compare_with_eager(model, x, target)
+    checks = siren.compare_with_eager(model, run, x, target)
     console.print(_table(checks))
     console.print(f"{psnr:.1f} dB after {steps} steps, {time.perf_counter() - started:.0f} s; the picture is {out}")
     if any(check.verdict == "differs" for check in checks):
@@ -91,7 +98,9 @@ def _check_out(out: Path) -> None:
         fail(f"--out {out}: this file cannot be written; choose another")
 
 
-def _fit(console: Console, model: siren.Siren, x: torch.Tensor, target: torch.Tensor, steps: int) -> siren.Fit:
+def _fit(
+    console: Console, model: siren.Siren, run: siren.Run, x: torch.Tensor, target: torch.Tensor, steps: int
+) -> siren.Fit:
     columns = (
         TextColumn("fitting"),
         BarColumn(),
@@ -107,7 +116,7 @@ def _fit(console: Console, model: siren.Siren, x: torch.Tensor, target: torch.Te
                 quality = f"loss {loss:.2e}, {siren.psnr(loss.item()):.1f} dB"
                 progress.update(task, completed=step + 1, quality=quality)
 
-        return siren.fit(model, x, target, steps, show)
+        return siren.fit(model, run, x, target, steps, show)
 
 
 def _table(checks: list[siren.LayerCheck]) -> Table:

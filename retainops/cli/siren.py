@@ -70,13 +70,23 @@ class Fit(NamedTuple):
     norms: torch.Tensor
 
 
+Run = Callable[[torch.Tensor, Sequence[ro.Retained]], torch.Tensor]
+"""How the network is run: the module itself, or torch.compile of it."""
+
+
 def fit(
-    model: Siren, x: torch.Tensor, target: torch.Tensor, steps: int, progress: Callable[[int, torch.Tensor], None]
+    model: Siren,
+    run: Run,
+    x: torch.Tensor,
+    target: torch.Tensor,
+    steps: int,
+    progress: Callable[[int, torch.Tensor], None],
 ) -> Fit:
     """Fit the network to `target` with Adam, all pixels in every step, retaining every layer's dloss/dc.
 
     Args:
-        model: the network.
+        model: the network, whose parameters are fitted.
+        run: runs it.
         x: coordinates, shape (pixels, 2).
         target: values in [-1, 1], shape (pixels, channels).
         steps: how many.
@@ -88,7 +98,7 @@ def fit(
     losses = torch.empty(steps, device=x.device)
     norms = torch.empty(len(kept), steps, device=x.device)
     for step in range(steps):
-        loss = (model(x, kept) - target).square().mean()
+        loss = (run(x, kept) - target).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -124,10 +134,10 @@ class LayerCheck(NamedTuple):
         return "agrees" if self.error <= 2 * self.eager_error else "differs"
 
 
-def compare_with_eager(model: Siren, x: torch.Tensor, target: torch.Tensor) -> list[LayerCheck]:
+def compare_with_eager(model: Siren, run: Run, x: torch.Tensor, target: torch.Tensor) -> list[LayerCheck]:
     """Every layer's retained gradient beside eager's `retain_grad()`, at the network's present weights."""
     kept = [ro.Retained("c") for _ in model.hidden]
-    (model(x, kept) - target).square().mean().backward()
+    (run(x, kept) - target).square().mean().backward()
     retained = [request.c.grad for request in kept if request.c.grad is not None]
     eager = _eager_grads(model, x, target)
     oracle = _eager_grads(copy.deepcopy(model).double(), x.double(), target.double())

@@ -144,27 +144,27 @@ class Memory:
         x = self.argument(low)
         if x is None:
             raise self.fault(kind, f"address {low:#x}", program, "which is in none of its arguments; check the pointer")
-        offsets = (lanes - np.uint64(x.base)).view(np.int64)
-        if low < x.base or high + size > x.base + x.extent:
-            self._out_of_bounds(kind, x, offsets, (offsets < 0) | (offsets + size > x.extent), program)
-        if x.gaps and not (ok := x.elements(offsets)).all():
-            self._out_of_bounds(kind, x, offsets, ~ok, program)
+        outside = low < x.base or high + size > x.base + x.extent
+        if outside or x.gaps:
+            offsets = (lanes - np.uint64(x.base)).view(np.int64)
+            bad = (offsets < 0) | (offsets + size > x.extent) if outside else ~x.elements(offsets)
+            if bad.any():
+                raise self._out_of_bounds(kind, x, offsets, bad, program)
         if kind != "atomic":
-            self._log(kind, x, offsets, size, program)
+            self._log(kind, x, lanes, low, high, size, program)
         return x
 
-    def _log(self, kind: str, x: Argument, offsets: Array, size: int, program: int) -> None:
-        shadow = self._shadows[x.window]
-        units = (offsets + (x.real - shadow.start)) // shadow.unit
-        if size > shadow.unit:  # another argument is a view of this memory with smaller elements
-            units = (units[:, None] + np.arange(size // shadow.unit)).reshape(-1)
+    def _log(self, kind: str, x: Argument, lanes: Array, low: int, high: int, size: int, program: int) -> None:
+        shadow, shift = self._shadows[x.window], x.real - x.base
+        real = (lanes + x.shift).view(np.int64)
+        units = shadow.units(real, low + shift, high + shift, size)
         if kind == "load":
             if race := shadow.read(units, program):
-                self._race(kind, x, shadow, "written", *race, program)
+                raise self._race(kind, x, shadow, "written", *race, program)
         elif clash := shadow.write(units, program):
             verb, unit, other = clash
             if verb != "twice":
-                self._race(kind, x, shadow, verb, unit, other, program)
+                raise self._race(kind, x, shadow, verb, unit, other, program)
             what = (
                 "from several lanes of one store, in no defined order; make their pointers differ, or mask all but one"
             )
@@ -186,17 +186,18 @@ class Memory:
                 group.append(x)
         return [shadows[x.window] for x in self.arguments]
 
-    def _out_of_bounds(self, kind: str, x: Argument, offsets: Array, bad: Array, program: int) -> None:
+    def _out_of_bounds(self, kind: str, x: Argument, offsets: Array, bad: Array, program: int) -> KernelFault:
         first, lanes = int(offsets[bad][0]), f"in {int(bad.sum())} of {bad.size} active lanes"
         outside = "between the elements" if 0 <= first < x.extent else "out of bounds"
         remedy = "mask the access" + (", or check the strides" if x.tensor.dim() > 1 else "")
-        raise self.fault(kind, _element(x, first), program, f"{outside} {lanes}: {x}; {remedy}")
+        return self.fault(kind, _element(x, first), program, f"{outside} {lanes}: {x}; {remedy}")
 
-    def _race(self, kind: str, x: Argument, shadow: Shadow, verb: str, unit: int, other: int, program: int) -> None:
-        element = _element(x, shadow.start + unit * shadow.unit - x.real)
-        who = "other programs" if other == MANY else self.label(other)
-        what = f"which {who} {'have' if other == MANY else 'has'} {verb}: programs run in any order"
-        raise self.fault(kind, element, program, f"{what}; give each its own elements, or use another launch")
+    def _race(
+        self, kind: str, x: Argument, shadow: Shadow, verb: str, unit: int, other: int, program: int
+    ) -> KernelFault:
+        who = "other programs have" if other == MANY else f"{self.label(other)} has"
+        what = f"which {who} {verb}: programs run in any order; give each its own elements, or use another launch"
+        return self.fault(kind, _element(x, shadow.start + unit * shadow.unit - x.real), program, what)
 
     def poisoned(self, kind: str, address: int, program: int, loads: dict[str, str]) -> KernelFault:
         """The fault of storing a value that lanes went into which a load masked off without `other=`.

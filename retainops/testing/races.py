@@ -25,29 +25,45 @@ class Shadow:
         units = -(-(stop - start) // unit)
         self.writer, self.reader = _zeros(units), _zeros(units)  # 0: nobody; otherwise 1 + the program
 
-    def read(self, units: Array, program: int) -> tuple[int, int] | None:
+    def units(self, lanes: Array, low: int, high: int, size: int) -> slice | Array:
+        """The units that an access touches.
+
+        Args:
+            lanes: (n,) int64 addresses, `low` and `high` the first and the last of them.
+            size: bytes a lane; at least a unit.
+        """
+        n = lanes.size
+        if size == self.unit and high - low == (n - 1) * size and (n == 1 or (lanes[1:] - lanes[:-1] == size).all()):
+            first = (low - self.start) // size
+            return slice(first, first + n)  # indexing by it is several times faster
+        units = (lanes - self.start) // self.unit
+        if size == self.unit:
+            return units
+        return (units[:, None] + np.arange(size // self.unit)).reshape(-1)
+
+    def read(self, units: slice | Array, program: int) -> tuple[int, int] | None:
         """Log a read; returns (unit, the program that wrote it) where another program did."""
-        at, me = _as_slice(units), program + 1
-        writers, readers = self.writer[at], self.reader[at]
+        me = program + 1
+        writers, readers = self.writer[units], self.reader[units]
         if writers.any() and (others := (writers != 0) & (writers != me)).any():
             return _first(units, writers, others)
-        self.reader[at] = np.where((readers == 0) | (readers == me), me, MANY) if readers.any() else me
+        self.reader[units] = np.where((readers == 0) | (readers == me), me, MANY) if readers.any() else me
         return None
 
-    def write(self, units: Array, program: int) -> tuple[str, int, int] | None:
+    def write(self, units: slice | Array, program: int) -> tuple[str, int, int] | None:
         """Log a write; returns ("written" or "read" or "twice", unit, the other program) where it may not be."""
-        at, me = _as_slice(units), program + 1
+        me = program + 1
         for verb, log in (("written", self.writer), ("read", self.reader)):
-            touched = log[at]
+            touched = log[units]
             if touched.any() and (others := (touched != 0) & (touched != me)).any():
                 return verb, *_first(units, touched, others)
-        if not isinstance(at, slice):
+        if not isinstance(units, slice):
             lanes = np.arange(units.size, dtype=np.int32)
-            self.writer[at] = lanes
-            lost = self.writer[at] != lanes
+            self.writer[units] = lanes
+            lost = self.writer[units] != lanes
             if lost.any():
                 return "twice", int(units[lost][0]), program
-        self.writer[at] = me
+        self.writer[units] = me
         return None
 
 
@@ -58,15 +74,8 @@ def _zeros(n: int) -> Array:
     return np.frombuffer(mmap.mmap(-1, 4 * n, flags=flags), np.int32)
 
 
-def _as_slice(units: Array) -> Any:
-    """Units that follow one another as a slice: indexing by it is several times faster."""
-    first, n = int(units[0]), units.size
-    if int(units[-1]) - first == n - 1 and (n == 1 or (units[1:] - units[:-1] == 1).all()):
-        return slice(first, first + n)
-    return units
-
-
-def _first(units: Array, programs: Array, which: Array) -> tuple[int, int]:
+def _first(units: slice | Array, programs: Array, which: Array) -> tuple[int, int]:
     lane = int(which.argmax())
     program = int(programs[lane])
-    return int(units[lane]), program if program == MANY else program - 1
+    unit = units.start + lane if isinstance(units, slice) else int(units[lane])
+    return unit, program if program == MANY else program - 1

@@ -77,6 +77,21 @@ def holds(x: Any) -> bool:
     return bool(x.handle.data.all() if isinstance(x, tl.tensor) else x)
 
 
+def least(*values: Any) -> Any:
+    """`min`."""
+    return _value(tl.core.builtin_min(*values))
+
+
+def greatest(*values: Any) -> Any:
+    """`max`."""
+    return _value(tl.core.builtin_max(*values))
+
+
+def _value(x: Any) -> Any:
+    return x.value if isinstance(x, tl.constexpr) else x
+
+
+_BUILTINS = {"range": loop, "min": least, "max": greatest}
 _HELPERS: dict[str, Callable[..., Any]] = {f"__{f.__name__}": f for f in (assigned, boolean, holds, negation, truth)}
 _codes: weakref.WeakSet[CodeType] = weakref.WeakSet()
 _interpreted: weakref.WeakKeyDictionary[Any, Callable[..., Any]] = weakref.WeakKeyDictionary()
@@ -164,17 +179,13 @@ def _interpret(jit: JITFunction) -> Callable[..., Any]:
 
 
 def _free_names(function: Any) -> dict[str, Any]:
-    """Names that the rewritten function must find elsewhere than the original: `range`, constexprs, a closure's."""
-    names = {} if "range" in function.__globals__ else {"range": loop}
+    """Names that the rewritten function must find elsewhere than the original: builtins, constexprs, a closure's."""
+    names = {name: f for name, f in _BUILTINS.items() if name not in function.__globals__}
     for name in function.__code__.co_names:
         if isinstance(value := function.__globals__.get(name), tl.constexpr):
             names[name] = value.value
     cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
     return names | {name: _value(cell.cell_contents) for name, cell in cells}
-
-
-def _value(x: Any) -> Any:
-    return x.value if isinstance(x, tl.constexpr) else x
 
 
 def running_line() -> str:

@@ -8,9 +8,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import re
+import struct
 import subprocess
 import tempfile
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import triton
@@ -108,6 +108,17 @@ def parse(text: str) -> list[Instruction]:
     return code
 
 
-def machine_code(code: Iterable[Instruction]) -> str:
-    """sha256 of the instructions' bytes: no names, no line numbers."""
-    return hashlib.sha256("\n".join(i.encoding for i in code).encode()).hexdigest()
+def machine_code(cubin: bytes) -> str:
+    """sha256 of a cubin's instructions alone, the `.text` sections: no names, no line numbers, no parameters."""
+    if cubin[:6] != b"\x7fELF\x02\x01":
+        raise ValueError(f"sass.machine_code: not a cubin (a 64-bit ELF file); it begins {cubin[:16]!r}")
+    (table,) = struct.unpack_from("<Q", cubin, 0x28)  # e_shoff; then e_shentsize, e_shnum, e_shstrndx
+    size, count, names_at = struct.unpack_from("<3H", cubin, 0x3A)
+    # Of each section header: sh_name, sh_offset, sh_size.
+    sections = [struct.unpack_from("<I20x2Q", cubin, table + k * size) for k in range(count)]
+    names = sections[names_at][1]
+    digest = hashlib.sha256()
+    for name, offset, length in sections:
+        if cubin.startswith(b".text.", names + name):
+            digest.update(cubin[offset : offset + length])
+    return digest.hexdigest()

@@ -24,12 +24,15 @@ from retainops.testing.driver import Launch, driver
 from retainops.testing.flow import Step, whole_tile
 
 
+_AMD_ACCESS = re.compile(r"(global|buffer|flat|scratch|ds)_(load|store|read|write|atomic)")
+
+
 @dataclass(frozen=True)
 class KernelReport:
     """What one compiled kernel is; its `str` is a readable block.
 
-    Counts are of instructions in the code, and a kernel with a whole-tile body and a masked tail holds both.
-    Missing keys of the mappings count 0.
+    Counts are of instructions in the code, and a kernel with a whole-tile body and a masked tail holds both;
+    `whole_tile` counts one of them. Keys that a mapping lacks count 0.
 
     Attributes:
         name: the kernel's name.
@@ -40,13 +43,9 @@ class KernelReport:
             each spilled VGPR).
         stack: bytes of stack a thread. Not always a spill: Triton 3.6's `tl.sin` keeps 32 bytes for its slow path.
         shared: bytes of shared memory a program.
-        instructions: how many, without NOPs.
-        accesses: memory instructions by opcode and bits: "LDG.128", "STG.16", "LDS.32", ...; loads from the constant
-            tables of sin and cos are "LDG.CONSTANT.32". On AMD by mnemonic: "global_load_dwordx4".
-        mix: instructions by opcode without modifiers.
         machine_code: sha256 of the instructions' encodings alone (AMD: of their text). Equal if and only if the
             instructions are the same, whatever the kernel's name, line numbers and names of arguments.
-        sass: the disassembly (AMD: the assembly).
+        image: the cubin (AMD: the assembly text), from which the rest is read when it is asked for.
     """
 
     name: str
@@ -57,11 +56,44 @@ class KernelReport:
     spill_loads: int
     stack: int
     shared: int
-    instructions: int
-    accesses: Counter[str]
-    mix: Counter[str]
     machine_code: str
-    sass: str = field(repr=False)
+    image: bytes = field(repr=False)
+
+    @property
+    def is_nvidia(self) -> bool:
+        """Whether the target is NVIDIA's, so that there is SASS."""
+        return self.target.startswith("sm_")
+
+    @functools.cached_property
+    def sass(self) -> str:
+        """The disassembly (AMD: the assembly)."""
+        return sass.disassemble(self.image) if self.is_nvidia else self.image.decode()
+
+    @functools.cached_property
+    def _opcodes(self) -> list[tuple[str, str | None]]:
+        """Of each instruction but NOPs the opcode, and how `accesses` counts it."""
+        if self.is_nvidia:
+            return [(i.base, i.access) for i in sass.parse(self.sass) if i.base != "NOP"]
+        names = [line.split()[0] for line in _amd_instructions(self.sass)]
+        return [(name, name if _AMD_ACCESS.match(name) else None) for name in names]
+
+    @property
+    def instructions(self) -> int:
+        """How many instructions, without NOPs."""
+        return len(self._opcodes)
+
+    @property
+    def mix(self) -> Counter[str]:
+        """Instructions by opcode without modifiers: "FFMA", "LDG", ..."""
+        return Counter(opcode for opcode, _ in self._opcodes)
+
+    @property
+    def accesses(self) -> Counter[str]:
+        """Memory instructions by opcode and bits: "LDG.128", "STG.16", "LDS.32"; on AMD "global_load_dwordx4".
+
+        Loads from the constant tables of sin and cos are "LDG.CONSTANT.32".
+        """
+        return Counter(access for _, access in self._opcodes if access)
 
     @property
     def loads(self) -> Counter[str]:
@@ -80,7 +112,7 @@ class KernelReport:
         Raises:
             ValueError: on AMD, whose control flow is not followed.
         """
-        if not self.target.startswith("sm_"):
+        if not self.is_nvidia:
             raise ValueError(f"{self.name}: the whole tile's path is followed for sm_* targets only, not {self.target}")
         return whole_tile(sass.parse(self.sass))
 
@@ -106,7 +138,7 @@ class KernelReport:
             f"  {self.instructions} instructions: {_counts(self.mix.most_common(8))}, ...",
             f"  accesses: {_counts(sorted(self.accesses.items())) or 'none'}",
         ]
-        if self.target.startswith("sm_"):
+        if self.is_nvidia:
             accesses = _counts(sorted(self.whole_tile.items())) or "none"
             lines.append(f"  whole tile: {len(self.path)} instructions a warp; {accesses}")
         return "\n".join([*lines, f"  machine code {self.machine_code[:16]}"])
@@ -150,61 +182,54 @@ def report(launch: Launch, target: str) -> KernelReport:
 
 
 def _nvidia(launch: Launch, target: str) -> KernelReport:
-    kernel, log = launch.kernel, _ptxas_log(launch.kernel)
-    text = sass.disassemble(kernel.asm["cubin"])
-    code = [i for i in sass.parse(text) if i.base != "NOP"]
+    cubin, (_, log) = launch.kernel.asm["cubin"], assemble(launch.kernel)
     return KernelReport(
         name=launch.name,
         target=target,
-        num_warps=kernel.metadata.num_warps,
+        num_warps=launch.kernel.metadata.num_warps,
         registers=_number(r"Used (\d+) registers", log),
         spill_stores=_number(r"(\d+) bytes spill stores", log),
         spill_loads=_number(r"(\d+) bytes spill loads", log),
         stack=_number(r"(\d+) bytes stack frame", log),
-        shared=kernel.metadata.shared,
-        instructions=len(code),
-        accesses=Counter(i.access for i in code if i.access),
-        mix=Counter(i.base for i in code),
-        machine_code=sass.machine_code(code),
-        sass=text,
+        shared=launch.kernel.metadata.shared,
+        machine_code=sass.machine_code(cubin),
+        image=cubin,
     )
 
 
-def _ptxas_log(kernel: Any) -> str:
-    """What ptxas said of a kernel, from Triton's own command line run once more with its log shown."""
+def assemble(kernel: Any) -> tuple[bytes, str]:
+    """The cubin of a compiled kernel and what ptxas said of it: Triton's own command once more, its log shown."""
     metadata = kernel.metadata._asdict()
     backend = make_backend(kernel.metadata.target)
     with triton.knobs.nvidia.scope(), contextlib.redirect_stdout(io.StringIO()) as log:
         triton.knobs.nvidia.dump_ptxas_log = True
         options = backend.parse_options(metadata)
         cubin = backend.make_cubin(kernel.asm["ptx"], metadata, options, kernel.metadata.target.arch)
-    assert cubin == kernel.asm["cubin"], f"{kernel.name}: ptxas did not give the same code twice"
-    return log.getvalue()
+    return cubin, log.getvalue()
 
 
 def _amd(launch: Launch, target: str) -> KernelReport:
-    kernel, text = launch.kernel, launch.kernel.asm["amdgcn"]
-    body = text.partition(".Lfunc_end0")[0].partition("\n.Lfunc_begin0")[2] or text
-    lines = re.findall(r"^[ \t]+([a-z]\w*(?:[ \t][^;\n]*)?)", body, re.MULTILINE)
-    code = [line.split() for line in lines if not line.startswith("s_nop")]
+    text = launch.kernel.asm["amdgcn"]
     spilled = 4 * _number(r"\.vgpr_spill_count:\s+(\d+)", text)
+    code = "\n".join(" ".join(line.split()) for line in _amd_instructions(text))
     return KernelReport(
         name=launch.name,
         target=target,
-        num_warps=kernel.metadata.num_warps,
+        num_warps=launch.kernel.metadata.num_warps,
         registers=_number(r"\.vgpr_count:\s+(\d+)", text),
         spill_stores=spilled,
         spill_loads=spilled,
         stack=_number(r"\.private_segment_fixed_size:\s+(\d+)", text),
-        shared=kernel.metadata.shared,
-        instructions=len(code),
-        accesses=_only(
-            Counter(words[0] for words in code), r"(global|buffer|flat|scratch|ds)_(load|store|read|write|atomic)"
-        ),
-        mix=Counter(words[0] for words in code),
-        machine_code=hashlib.sha256("\n".join(" ".join(words) for words in code).encode()).hexdigest(),
-        sass=text,
+        shared=launch.kernel.metadata.shared,
+        machine_code=hashlib.sha256(code.encode()).hexdigest(),
+        image=text.encode(),
     )
+
+
+def _amd_instructions(text: str) -> list[str]:
+    body = text.partition("\n.Lfunc_begin0:")[2].partition("\n.Lfunc_end0:")[0]
+    lines = re.findall(r"^[ \t]+([a-z]\w*(?:[ \t][^;\n]*)?)", body, re.MULTILINE)
+    return [line for line in lines if not line.startswith("s_nop")]
 
 
 def _number(pattern: str, text: str) -> int:
