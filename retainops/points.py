@@ -37,8 +37,10 @@ class CompiledTap(torch.autograd.Function):
     """A tap inside torch.compile: its backward returns a parcel to the slot's carrier, an input of the graph."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, carrier: torch.Tensor, names: tuple[str, ...], over: str) -> torch.Tensor:
-        ctx.names, ctx.over = names, over
+    def forward(
+        ctx: Any, x: torch.Tensor, carrier: torch.Tensor, point: str, names: tuple[str, ...], over: str
+    ) -> torch.Tensor:
+        ctx.point, ctx.names, ctx.over = point, names, over
         if "act_grad" in names:
             ctx.save_for_backward(x)
         return x.view_as(x)
@@ -50,7 +52,7 @@ class CompiledTap(torch.autograd.Function):
         parts = parts_of(stats, ctx.over, grad, value)
         if "dense" in ctx.names:
             parts.insert(0, grad)
-        return grad, parcel.pack(ctx.names, *parts), None, None
+        return grad, parcel.pack(ctx.point, ctx.names, *parts), None, None, None
 
 
 def tap(op: str, slot: Slot, value: torch.Tensor) -> torch.Tensor:
@@ -59,7 +61,7 @@ def tap(op: str, slot: Slot, value: torch.Tensor) -> torch.Tensor:
         raise no_grad(op, slot.name)
     if torch.compiler.is_compiling():
         over = slot.want.over if isinstance(slot.want, Stats) else "tensor"
-        return CompiledTap.apply(value, slot.carrier, slot.parts, over)
+        return CompiledTap.apply(value, slot.carrier, slot.name, slot.parts, over)
     return Tap.apply(value, slot.bind(op, value.shape, value.dtype, value.device), slot, op)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -122,8 +122,8 @@ class Slot:
         self._may_rebind = False
         self._parts: dict[str, torch.Tensor] = {}
         self._arrival: Arrival | None = None
-        self.carrier = parcel.carrier()
-        self.carrier.register_post_accumulate_grad_hook(functools.partial(_unpack, weakref.ref(self)))
+        self.carrier = parcel.carrier(name)
+        self.carrier.register_post_accumulate_grad_hook(functools.partial(_outside_graphs(), weakref.ref(self)))
 
     @property
     def grad(self) -> torch.Tensor | None:
@@ -288,7 +288,11 @@ class Slot:
         return self.name, shape, dtype, state if filled else f"no {state} yet"
 
 
-@torch.compiler.disable
+@functools.cache
+def _outside_graphs() -> Callable[[weakref.ref[Slot], torch.Tensor], None]:
+    return torch.compiler.disable(_unpack)  # at the first slot: it loads torch._dynamo
+
+
 def _unpack(slot: weakref.ref[Slot], leaf: torch.Tensor) -> None:
     """After a backward: move what arrived at the carrier into the slot, outside any graph."""
     holder, parts = slot(), leaf.grad

@@ -110,6 +110,7 @@ def test_a_broken_image_is_named(tmp_path):
     assert "broken.png" in result.output
 
 
+@pytest.mark.filterwarnings("ignore")  # what Inductor warns of while it loads is not ours
 def test_compiled(tmp_path):
     result = run("--compile", "--steps", "2", "--size", "8", "--out", str(tmp_path / "tiny.png"))
     assert result.exit_code == 0, result.output

@@ -58,7 +58,7 @@ def test_popular_example_fused(path: Path) -> None:
 # test_retain_grad, AutogradAPITests.RetainGrad
 
 
-def test_accumulates_like_a_leafs_out_of_place(path: Path, ab: tuple) -> None:
+def test_accumulates_like_a_leaf(path: Path, ab: tuple) -> None:
     kept = ro.Retained("c")
     ro.mul_sin(*ab, retain=kept).sum().backward()
     first = kept.c.grad

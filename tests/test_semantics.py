@@ -55,7 +55,7 @@ def test_output_gradients_and_points_are_eagers(path: Path, name: str, dtype: to
     y = op.call(*ours, retain=kept)
     want, values = eager(op, theirs)
     # Against eager in the same dtype; eager rounds c to bf16 where the kernel does not, hence the wide bound there:
-    # the sharp comparison, against float64, is test_ops.py.
+    # the sharp comparison, against float64, is `retainops check`.
     scale = 1 if dtype in (torch.float32, torch.float64) else 16
     assert_near(y, want, scale)
     dy = dy_like(y)

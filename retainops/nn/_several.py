@@ -86,5 +86,3 @@ def _hand_over(op: str, slot: Slot, grad: torch.Tensor) -> torch.Tensor | None:
     if isinstance(slot.want, Stats):
         return grad if slot.want.grad else None  # the statistics came by `merge`
     return slot.deposit(op, grad, None)
-
-

@@ -23,7 +23,6 @@ from retainops.testing import sass
 from retainops.testing.driver import Launch, driver
 from retainops.testing.flow import Step, whole_tile
 
-
 _AMD_ACCESS = re.compile(r"(global|buffer|flat|scratch|ds)_(load|store|read|write|atomic)")
 
 

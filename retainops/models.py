@@ -1,0 +1,209 @@
+"""Whole models: which points their modules hold, and asking for them."""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from retainops.nn.point import HoldsPoints
+from retainops.points import PointTable
+from retainops.points import points as points_of_op
+from retainops.registry import PointInfo
+from retainops.slots import Into, Retained, Slot, listed
+from retainops.stats import Stats
+
+Want = Into | Stats | None
+Patterns = str | Sequence[str] | Callable[[str], bool] | Mapping[str, Want]
+
+
+@dataclass(frozen=True)
+class ModelPoint:
+    """One point of a model.
+
+    Attributes:
+        name: the module's path, and the point's name where the module has several.
+        formula: the value, in the symbols of the op.
+        shape: in words.
+        where: the class of the module, and of the one that holds it.
+        module: the module.
+        info: the point as the module knows it.
+    """
+
+    name: str
+    where: str
+    module: HoldsPoints
+    info: PointInfo
+
+    @property
+    def formula(self) -> str:
+        return self.info.formula
+
+    @property
+    def shape(self) -> str:
+        return self.info.shape
+
+
+class ModelPoints(Mapping[str, ModelPoint]):
+    """The points of a model, in the order of its modules: a mapping from name to `ModelPoint`; its repr is a table."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = type(_original(model)).__name__
+        self._points = {p.name: p for p in _points_in(model)}
+
+    def __getitem__(self, name: str) -> ModelPoint:
+        return self._points[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._points)
+
+    def __len__(self) -> int:
+        return len(self._points)
+
+    def __repr__(self) -> str:
+        rows = [(p.name, p.formula, f"({p.shape})", p.where) for p in self._points.values()]
+        if not rows:
+            return f"{self._model}: no points"
+        widths = [max(len(row[i]) for row in rows) for i in range(4)]
+        lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+        return "\n".join([f"{self._model}:", *("  " + line.rstrip() for line in lines)])
+
+
+def points(of: Callable[..., Any] | str | nn.Module) -> PointTable | ModelPoints:
+    """What can be asked for in an op, or in a model: each point's name, formula and shape.
+
+    Args:
+        of: a function of retainops, its name, or a model: compiled or not.
+
+    Raises:
+        KeyError: not an op of retainops; the message lists them.
+
+    Example:
+        >>> ro.points(ro.mul_sin)
+        mul_sin: sin(a * b)
+          c = a * b   (broadcast of a and b)
+        >>> ro.points(nn.Sequential(ro.nn.Point(), ro.nn.MulSin(30.0)))
+        Sequential:
+          0    x      (of its input)           Point in Sequential
+          1.c  a * b  (broadcast of a and b)  MulSin in Sequential
+    """
+    return ModelPoints(of) if isinstance(of, nn.Module) else points_of_op(of)
+
+
+@contextlib.contextmanager
+def retain(model: nn.Module, what: Patterns = "*", want: Want = None) -> Iterator[Retained]:
+    """Ask for the gradients of a model's points, its code unchanged: they land in the `Retained` that this gives.
+
+    The points are every `ro.nn.Point` by its module's path ("layers.0.act"), and every point of an op held by a module
+    by path and name ("layers.0.sine.c"); `ro.points(model)` lists them. Run forward inside the `with`; backward may
+    come after it. A module that is called without grad is left alone. The model may be compiled, before or inside: each
+    different set of points is one more graph (`torch._dynamo.config.recompile_limit`), kept for the next time.
+
+    Args:
+        model: any module; requests are held by its own modules alone, so other models and threads see nothing.
+        what: a glob pattern of names ("*" crosses dots), a sequence of them, a callable on the name, or a mapping
+            from pattern to want (of several patterns that match a name, the last one counts).
+        want: in what form: None (the gradient), `Stats(...)`, or, of a single point, `Into(buffer)`.
+
+    Yields:
+        A mapping from name to `Slot`. It stays valid after the `with`.
+
+    Raises:
+        TypeError: `model` is not a module, or the patterns or wants are of another type.
+        ValueError: the model has no points, an `Into` is for several points, or want is given twice.
+        KeyError: a pattern matches nothing; the message lists the names there are.
+
+    Example:
+        >>> with ro.retain(model, "layers.*.mlp.*", ro.Stats("l2")) as kept:
+        ...     loss_of(model(x)).backward()
+        >>> kept["layers.3.mlp.act"].l2
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"retain: model is {type(model).__name__}; expected a torch.nn.Module")
+    there = ModelPoints(model)
+    if not there:
+        raise ValueError(
+            f"retain: {type(_original(model)).__name__} has no points; put ro.nn.Point() where a gradient is wanted, "
+            "or use modules of retainops.nn such as ro.nn.MulSin"
+        )
+    wants = _choose(list(there), _as_mapping(what, want))
+    slots = {name: Slot(name, wants[name]) for name in there if name in wants}
+    requests: dict[HoldsPoints, dict[str, Slot]] = {}
+    for name, slot in slots.items():
+        requests.setdefault(there[name].module, {})[there[name].info.name] = slot
+    armed = [(module, Retained.of(of_module)) for module, of_module in requests.items()]
+    for module, request in armed:
+        module._requests += (request,)
+    try:
+        yield Retained.of(slots)
+    finally:
+        for module, request in armed:
+            module._requests = tuple(other for other in module._requests if other is not request)
+
+
+def _original(module: nn.Module) -> nn.Module:
+    """What torch.compile wrapped, or the module itself."""
+    return getattr(module, "_orig_mod", module)
+
+
+def _points_in(model: nn.Module) -> Iterator[ModelPoint]:
+    holder_of = {child: type(parent).__name__ for parent in model.modules() for child in parent.children()}
+    for path, module in model.named_modules():
+        if isinstance(module, HoldsPoints):
+            # torch.compile's wrapper is no part of the model: the names are those without it.
+            parts = [part for part in path.split(".") if part not in ("", "_orig_mod")]
+            kind, holder = type(module).__name__, holder_of.get(module)
+            where = kind if holder in (None, "OptimizedModule") else f"{kind} in {holder}"
+            for info in module.point_infos():
+                yield ModelPoint(".".join([*parts, info.name] if info.name else parts), where, module, info)
+
+
+Matcher = tuple[str, Callable[[str], bool], Want]
+"""A pattern as it was written, as a test of a name, and what is wanted of the names that pass."""
+
+
+def _as_mapping(what: Patterns, want: Want) -> list[Matcher]:
+    if isinstance(what, Mapping):
+        if want is not None:
+            raise ValueError("retain: want is given, and the mapping gives one to each pattern; leave out want")
+        pairs = list(what.items())
+    elif callable(what):
+        _check_want(want)
+        return [(getattr(what, "__name__", repr(what)), what, want)]
+    else:
+        pairs = [(pattern, want) for pattern in ([what] if isinstance(what, str) else what)]
+    if not pairs:
+        raise ValueError('retain: no pattern given; "*" asks for every point')
+    for pattern, each in pairs:
+        if not isinstance(pattern, str):
+            raise TypeError(f"retain: a pattern is {type(pattern).__name__}; expected a string, such as 'layers.*'")
+        _check_want(each)
+    return [(pattern, _glob(pattern), each) for pattern, each in pairs]
+
+
+def _glob(pattern: str) -> Callable[[str], bool]:
+    return lambda name: fnmatch.fnmatchcase(name, pattern)
+
+
+def _check_want(want: Want) -> None:
+    if want is not None and not isinstance(want, (Into, Stats)):
+        raise TypeError(f"retain: a want is {type(want).__name__}; expected None, Into(buffer) or Stats(...)")
+
+
+def _choose(names: list[str], matchers: list[Matcher]) -> dict[str, Want]:
+    wants: dict[str, Want] = {}
+    for pattern, matches, want in matchers:
+        chosen = [name for name in names if matches(name)]
+        if not chosen:
+            raise KeyError(f"retain: '{pattern}' matches no point; there are: {listed(names)}")
+        if isinstance(want, Into) and len(chosen) > 1:
+            raise ValueError(
+                f"retain: one Into buffer for {listed(chosen)}; give each name its own: "
+                f"{{'{chosen[0]}': Into(...), ...}}"
+            )
+        wants.update(dict.fromkeys(chosen, want))
+    return wants

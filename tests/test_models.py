@@ -1,0 +1,315 @@
+"""Points held by modules: asking a model for them, in threads and copies, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import retainops as ro
+from tests.conftest import Path
+from tests.oracle import assert_near
+from tests.small_model import (
+    ACTS,
+    ALL,
+    IN_BLOCKS,
+    SINES,
+    D,
+    Model,
+    assert_kept,
+    make,
+    oracle,
+    requests_in,
+    steps_of_two_sizes,
+)
+
+
+@pytest.fixture
+def model_x(path: Path) -> tuple[Model, torch.Tensor]:
+    return make(path.device)
+
+
+# Eager
+
+
+@pytest.mark.parametrize(
+    ("what", "names"),
+    [
+        ("*", ALL),
+        ("layers.*", IN_BLOCKS),
+        ("layers.?.act", ACTS),
+        (["out", "layers.0.*"], ["layers.0.act", "layers.0.sine.c", "out"]),
+        (lambda name: name.endswith(".c"), SINES),
+        ({"*.act": None, "out": None}, [*ACTS, "out"]),
+    ],
+    ids=["all", "glob", "one letter", "list", "callable", "mapping"],
+)
+def test_patterns(path: Path, model_x: tuple, what, names: list[str]) -> None:
+    model, x = model_x
+    with ro.retain(model, what) as kept:
+        model(x).sum().backward()
+    assert_kept(kept, oracle(model, x), names)
+    assert not requests_in(model)
+
+
+def test_nothing_else_changes(model_x: tuple) -> None:
+    model, x = model_x
+    y = model(x)
+    y.sum().backward()
+    grads = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    before = {name: dict(m.__dict__) for name, m in model.named_modules()}
+    with ro.retain(model):
+        again = model(x)
+        again.sum().backward()
+    assert torch.equal(y, again)
+    assert all(torch.equal(g, p.grad) for g, p in zip(grads, model.parameters(), strict=True))
+    assert {name: dict(m.__dict__) for name, m in model.named_modules()} == before
+
+
+def test_statistics(path: Path) -> None:
+    model, x = make(path.device)
+    with ro.retain(model, "layers.*", ro.Stats("l2", "amax")) as kept:
+        model(x).sum().backward()
+    for name in IN_BLOCKS:
+        grad = oracle(model, x)[name]
+        assert_near(kept[name].l2, grad.norm(), 4)
+        assert_near(kept[name].amax, grad.abs().max(), 4)
+        assert kept[name].grad is None
+
+
+def test_a_want_for_each_pattern(model_x: tuple) -> None:
+    """Of several patterns that match, the last one counts."""
+    model, x = model_x
+    buffer = torch.empty(4, D, device=x.device)
+    into, stats = ro.Into(buffer), ro.Stats("sum")
+    with ro.retain(model, {"*": None, "layers.*": stats, "layers.1.sine.c": into}) as kept:
+        model(x).sum().backward()
+    assert [kept[name].want for name in ALL] == [stats, stats, stats, into, None]
+    assert_near(buffer, oracle(model, x)["layers.1.sine.c"], 4)
+    assert_near(kept["layers.0.act"].sum, oracle(model, x)["layers.0.act"].sum(), 8)
+
+
+def test_backward_may_come_after_the_with(model_x: tuple) -> None:
+    model, x = model_x
+    with ro.retain(model) as kept:
+        y = model(x)
+    y.sum().backward()
+    assert_kept(kept, oracle(model, x), ALL)
+
+
+def test_gradients_accumulate_over_uses_and_backwards(model_x: tuple) -> None:
+    model, x = model_x
+    with ro.retain(model) as kept:
+        (model(x) + model(x)).sum().backward()
+        model(x).sum().backward()
+    assert_kept(kept, oracle(model, x, scale=3.0), ALL)
+
+
+def test_without_grad_a_model_is_left_alone(model_x: tuple) -> None:
+    model, x = model_x
+    with ro.retain(model) as kept:
+        with torch.no_grad():
+            model(x)
+        with torch.inference_mode():
+            model(x)
+    assert all(slot.grad is None and slot.shape is None for slot in kept.values())
+
+
+def test_an_input_that_needs_no_grad_is_left_alone(path: Path) -> None:
+    model = nn.Sequential(ro.nn.Point(), ro.nn.MulSin(2.0), nn.Linear(D, D), ro.nn.Point()).to(path.device)
+    with ro.retain(model) as kept:
+        model(torch.ones(3, D, device=path.device)).sum().backward()
+    assert {name: slot.grad is None for name, slot in kept.items()} == {"0": True, "1.c": True, "3": False}
+
+
+def test_models_in_two_threads_do_not_meet() -> None:
+    models = [make(), make()]
+    kepts: dict[int, ro.Retained] = {}
+    both_armed = threading.Barrier(2)
+
+    def work(i: int) -> None:
+        model, x = models[i]
+        with ro.retain(model, "*" if i else "out") as kepts[i]:
+            both_armed.wait(10)
+            (model(x).sum() * (i + 1)).backward()
+            both_armed.wait(10)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    for i, names in enumerate((["out"], ALL)):
+        assert_kept(kepts[i], oracle(*models[i], scale=i + 1), names)
+
+
+@pytest.mark.parametrize(
+    ("use_reentrant", "inside"), [(False, True), (False, False), (True, True)], ids=["inside", "after", "reentrant"]
+)
+def test_checkpoint(model_x: tuple, use_reentrant: bool, inside: bool) -> None:
+    """Recomputation finds the requests inside the `with`; the non-reentrant kind also works after it."""
+    model, x = model_x
+    y = x.requires_grad_()
+    with ro.retain(model, "layers.*") as kept:
+        for layer in model.layers:
+            y = checkpoint(layer, y, use_reentrant=use_reentrant)
+        if inside:
+            y.sum().backward()
+    if not inside:
+        y.sum().backward()
+    assert_kept(kept, oracle(model, x), IN_BLOCKS)
+
+
+def test_autocast() -> None:
+    model, x = make()
+    with ro.retain(model) as kept, torch.autocast("cpu", torch.bfloat16):
+        model(x).sum().backward()
+    assert kept["layers.0.act"].dtype == torch.bfloat16
+    assert kept["layers.0.act"].grad.dtype == torch.bfloat16
+
+
+def test_shared_modules_go_by_their_first_name() -> None:
+    shared = ro.nn.MulSin(1.5)
+    model = nn.Sequential(nn.Linear(D, D), shared, shared)
+    x = torch.randn(3, D)
+    with ro.retain(model) as kept:
+        model(x).sum().backward()
+    first = model[0](x) * 1.5
+    second = torch.sin(first) * 1.5
+    expected = torch.cos(second) + torch.cos(second) * 1.5 * torch.cos(first)
+    assert list(kept) == ["1.c"]
+    assert_near(kept["1.c"].grad, expected.detach(), 4)
+
+
+def test_a_model_that_is_a_point() -> None:
+    point = ro.nn.Point()
+    x = torch.ones(3, requires_grad=True)
+    assert point(x) is x
+    with ro.retain(point) as kept:
+        (point(x) * 2).sum().backward()
+    assert kept[""].grad.tolist() == [2, 2, 2]
+
+
+def test_mul_sin_holds_a_number_a_parameter_or_a_buffer() -> None:
+    learned, fixed = ro.nn.MulSin(nn.Parameter(torch.ones(D))), ro.nn.MulSin(torch.ones(D))
+    assert [*learned.state_dict()] == [*fixed.state_dict()] == ["scale"]
+    assert [len([*m.parameters()]) for m in (learned, fixed, ro.nn.MulSin(30.0))] == [1, 0, 0]
+    assert (repr(fixed), repr(ro.nn.MulSin(30.0))) == ("MulSin(scale=(6,))", "MulSin(scale=30.0)")
+    with pytest.raises(TypeError, match="MulSin: scale is str; expected a number or a torch.Tensor"):
+        ro.nn.MulSin("30")
+
+
+# Copies, pickles, tracing
+
+
+def test_copies_and_pickles_carry_no_request() -> None:
+    model, x = make()
+    with ro.retain(model) as kept:
+        others = copy.deepcopy(model), copy.copy(model.out), pickle.loads(pickle.dumps(model))
+        for other in others:
+            assert not requests_in(other)
+            other(x).sum().backward() if other is not others[1] else other(x)
+        assert requests_in(model)
+    assert all(slot.grad is None for slot in kept.values())
+
+
+def test_a_model_with_points_can_be_traced_and_exported() -> None:
+    model, x = make()
+    assert torch.equal(
+        torch.fx.symbolic_trace(nn.Sequential(model.layers[0].lin, ro.nn.Point()))(x), model.layers[0].lin(x)
+    )
+    assert torch.equal(torch.export.export(model, (x,)).module()(x), model(x))
+
+
+# What there is
+
+
+def test_the_points_of_a_model() -> None:
+    model, _ = make(blocks=1)
+    there = ro.points(torch.compile(model, backend="aot_eager"))
+    assert list(there) == ["layers.0.act", "layers.0.sine.c", "out"]
+    assert (there["layers.0.sine.c"].formula, there["layers.0.sine.c"].shape) == ("a * b", "broadcast of a and b")
+    assert repr(there) == (
+        "Model:\n"
+        "  layers.0.act     x      (of its input)          Point in Block\n"
+        "  layers.0.sine.c  a * b  (broadcast of a and b)  MulSin in Block\n"
+        "  out              x      (of its input)          Point in Model"
+    )
+    assert repr(ro.points(nn.Linear(2, 2))) == "Linear: no points"
+    assert repr(ro.points(ro.mul_sin)).startswith("mul_sin: sin(a * b)")
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (("layer.*",), KeyError, "'layer.\\*' matches no point; there are: layers.0.act, layers.0.sine.c, .*, out"),
+        ((["out", "nope"],), KeyError, "'nope' matches no point"),
+        ((lambda name: False,), KeyError, "'<lambda>' matches no point; there are"),
+        (({"out": None, "nope": None},), KeyError, "'nope' matches no point"),
+        (([],), ValueError, 'no pattern given; "\\*" asks for every point'),
+        (([3],), TypeError, "a pattern is int; expected a string"),
+        (("*", "l2"), TypeError, r"a want is str; expected None, Into\(buffer\) or Stats"),
+        (({"out": "l2"},), TypeError, "a want is str"),
+        (({"out": None}, ro.Stats("l2")), ValueError, "leave out want"),
+        (
+            ("*", ro.Into(torch.zeros(4, D))),
+            ValueError,
+            "one Into buffer for layers.0.act, .*, out; give each its own|each name its own",
+        ),
+    ],
+)
+def test_requests_that_make_no_sense(arguments: tuple, error: type, message: str) -> None:
+    model, _ = make()
+    with pytest.raises(error, match=f"retain: .*{message}"), ro.retain(model, *arguments):
+        pass
+    assert not requests_in(model)
+
+
+def test_a_long_list_of_names_is_shortened() -> None:
+    model = nn.Sequential(*(ro.nn.Point() for _ in range(23)))
+    with pytest.raises(KeyError, match=r"there are: 0, 1, .*, 19, \.\.\. and 3 more"), ro.retain(model, "x"):
+        pass
+
+
+def test_models_without_points() -> None:
+    message = r"retain: Linear has no points; put ro.nn.Point\(\) where"
+    with pytest.raises(ValueError, match=message), ro.retain(torch.compile(nn.Linear(2, 2), backend="aot_eager")):
+        pass
+    with pytest.raises(TypeError, match="retain: model is function; expected a torch.nn.Module"), ro.retain(make):
+        pass
+
+
+def test_an_exception_inside_restores_the_model(model_x: tuple) -> None:
+    model, _ = model_x
+    with pytest.raises(ZeroDivisionError), ro.retain(model):
+        1 / 0  # noqa: B018
+    assert not requests_in(model)
+
+
+def test_two_shapes_in_one_with(model_x: tuple) -> None:
+    model, x = model_x
+    with pytest.raises(RuntimeError, match=r"point 'layers.0.act' has shape \(3, 6\).*\(4, 6\)"), ro.retain(model):
+        steps_of_two_sizes(model, x)
+    assert not requests_in(model)
+
+
+def test_a_point_takes_tensors() -> None:
+    point = ro.nn.Point()
+    assert point((1, 2)) == (1, 2)  # unasked it looks at nothing: torch.fx traces through it
+    with pytest.raises(TypeError, match="Point '0': the input is tuple; expected"), ro.retain(nn.Sequential(point)):
+        point((1, 2))
+
+
+def test_retain_inside_a_torch_func_transform() -> None:
+    model = ro.nn.MulSin(2.0)
+    with pytest.raises(RuntimeError, match="mul_sin: retain= inside a torch.func transform"), ro.retain(model):
+        torch.func.grad(lambda x: model(x).sum())(torch.ones(3))
