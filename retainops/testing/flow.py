@@ -60,6 +60,8 @@ _Edge = tuple[int, int]  # from a block to a block; a block is named by the addr
 _Best = dict[int, tuple[_Value, int | None]]  # from a block on: the value, and the block to go on to, None at the end
 _Loops = dict[int, set[int]]  # each loop's blocks, by its head
 _Assumed = dict[Condition, bool]
+_INDIRECT = ("BRX", "JMX", "JMP")
+_ENDS = ("BRA", "EXIT", "RET", *_INDIRECT)  # of a block
 _UNREACHABLE: _Value = (float("-inf"), 0, 0)
 
 
@@ -69,7 +71,7 @@ class _Flow:
     def __init__(self, code: Sequence[Instruction], slow: bool) -> None:
         self.slow = slow
         starts = {code[0].address} | {i.target for i in code if i.base in ("BRA", "CALL")}
-        starts |= {b.address for a, b in itertools.pairwise(code) if a.base in ("BRA", "EXIT", "RET")}
+        starts |= {b.address for a, b in itertools.pairwise(code) if a.base in _ENDS}
         self.blocks: dict[int, list[Instruction]] = {}
         for i in code:
             start = i.address if i.address in starts else next(reversed(self.blocks))
@@ -81,7 +83,7 @@ class _Flow:
         """Where control can go from a block; None is the end of the kernel or of a subroutine."""
         last = self.blocks[block][-1]
         onwards: list[int | None] = [self.following[block]] if block in self.following else []
-        if last.base in ("BRX", "JMX", "JMP"):
+        if last.base in _INDIRECT:
             raise ValueError(f"flow.whole_tile: `{last.opcode} {last.operands}` jumps indirectly; not followed")
         if last.base in ("EXIT", "RET"):
             return [None, *onwards] if last.condition else [None]
@@ -106,8 +108,7 @@ class _Ways:
         self.loops = _loops(order, back, flow.successors)
         self.guards = guards(order[::-1], flow.blocks, flow.successors)
         self.order, cycles = _depth_first(entry, self.forwards)
-        if cycles:
-            raise ValueError("flow.whole_tile: the control flow has a cycle that is no loop; not followed")
+        assert not cycles, "leaving loops instead of repeating them leaves no way round"
 
     def steps(self) -> list[Step]:
         """The instructions on the best way."""
@@ -229,6 +230,8 @@ def _loops(blocks: Iterable[int], back: Iterable[_Edge], successors: Callable[[i
         reached = [end]
         while reached:
             block = reached.pop()
+            if block not in before:  # the entry: there is a way in beside the head
+                raise ValueError("flow.whole_tile: the control flow has a cycle that is no loop; not followed")
             if block not in body:
                 body.add(block)
                 reached += before[block]

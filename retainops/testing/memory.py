@@ -165,9 +165,7 @@ class Memory:
             verb, unit, other = clash
             if verb != "twice":
                 raise self._race(kind, x, shadow, verb, unit, other, program)
-            what = (
-                "from several lanes of one store, in no defined order; make their pointers differ, or mask all but one"
-            )
+            what = "from several lanes of one store, in no defined order; make the pointers differ, or mask all but one"
             raise self.fault(kind, _element(x, shadow.start + unit * shadow.unit - x.real), program, what)
 
     @functools.cached_property
@@ -188,9 +186,10 @@ class Memory:
 
     def _out_of_bounds(self, kind: str, x: Argument, offsets: Array, bad: Array, program: int) -> KernelFault:
         first, lanes = int(offsets[bad][0]), f"in {int(bad.sum())} of {bad.size} active lanes"
-        outside = "between the elements" if 0 <= first < x.extent else "out of bounds"
-        remedy = "mask the access" + (", or check the strides" if x.tensor.dim() > 1 else "")
-        return self.fault(kind, _element(x, first), program, f"{outside} {lanes}: {x}; {remedy}")
+        between = 0 <= first < x.extent
+        where = "between the elements" if between else "out of bounds"
+        remedy = "mask the access" + (", or check the strides" if between or x.tensor.dim() > 1 else "")
+        return self.fault(kind, _element(x, first), program, f"{where} {lanes}: {x}; {remedy}")
 
     def _race(
         self, kind: str, x: Argument, shadow: Shadow, verb: str, unit: int, other: int, program: int
