@@ -27,7 +27,7 @@ def figure(run: Run) -> Figure:
     """Bars, one a variant: the fraction of a device copy of the same bytes. A line of panels for each op and dtype."""
     figures = Figures(run.rows)
     lines = list(dict.fromkeys((r.op, r.dtype) for r in run.rows if r.kind == "bandwidth" and not r.label))
-    fig = Figure(figsize=(13, 1.3 + 1.45 * max(len(lines), 1)), layout="constrained")
+    fig = Figure(figsize=(14, 1.3 + 1.45 * max(len(lines), 1)), layout="constrained")
     axes = fig.subplots(max(len(lines), 1), len(PANELS), squeeze=False, sharex=True)
     for (op, dtype), row_of_axes in zip(lines, axes, strict=False):
         rows = _shown([r for r in run.rows if (r.op, r.dtype, r.label) == (op, dtype, "")])
@@ -37,7 +37,7 @@ def figure(run: Run) -> Figure:
     for ax, title in zip(axes[0], PANELS, strict=True):
         ax.set_title(title, fontsize=11)
     for ax in axes[-1]:
-        ax.set_xlabel("of the speed of a device copy of the same bytes", fontsize=9, loc="left")
+        ax.set_xlabel("of a device copy's speed, same bytes", fontsize=9, loc="left")
     size = next((r.size for r in _shown(run.rows)), "no")
     no_kernels = any(r.path == "reference" for r in run.rows)
     path = " (no GPU, so retainops takes its reference path here, not its kernels)" if no_kernels else ""
@@ -67,14 +67,14 @@ def _bars(ax: Axes, rows: list[Row], figures: Figures) -> None:
     ax.set_yticks(range(len(measured)), [_label(r, several) for r, _ in measured], fontsize=9)
     ax.set_ylim(max(len(measured), 1) - 0.45, -0.55)
     ax.axvline(1, color="#444444", linewidth=1, linestyle="--")
-    ax.set_xlim(0, 1.92)
+    ax.set_xlim(0, 2.08)
     ax.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25%", "50%", "75%", "copy"], fontsize=8)
     ax.tick_params(length=0)
     ax.spines[["top", "right", "left"]].set_visible(False)
     for n, (row, fraction) in enumerate(measured):
         ratio = figures.kept_ratio(row)
         texts = (f"{fraction:.0%}", duration(row.seconds), f"{ratio[0]:.2f}x" if ratio else "")
-        for x, text in zip((1.32, 1.62, 1.88), texts, strict=True):  # in columns, right of the line of the copy
+        for x, text in zip((1.36, 1.78, 2.06), texts, strict=True):  # in columns, right of the line of the copy
             ax.text(x, n, text, va="center", ha="right", fontsize=8.5, in_layout=False)
 
 

@@ -2,11 +2,13 @@
 
 from retainops import nn
 from retainops._version import __version__
+from retainops.buffers import Into
 from retainops.dispatch import backend, explain
 from retainops.models import points, retain
 from retainops.ops import mul_sin
 from retainops.points import point
-from retainops.slots import Into, Retained, Slot
+from retainops.retained import Retained
+from retainops.slots import Slot
 from retainops.stats import Stats
 
 __all__ = [

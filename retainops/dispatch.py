@@ -17,9 +17,11 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
+from retainops.buffers import Into, share_memory
 from retainops.points import no_grad, reader
 from retainops.registry import Op, find
-from retainops.slots import Into, Retained, Slot, share_memory
+from retainops.retained import Retained
+from retainops.slots import Slot
 
 BACKENDS = ("auto", "triton", "reference")
 HAS_TRITON = importlib.util.find_spec("triton") is not None

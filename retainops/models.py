@@ -10,11 +10,13 @@ from typing import Any
 
 from torch import nn
 
+from retainops.buffers import Into
 from retainops.nn.point import HoldsPoints
 from retainops.points import PointTable
 from retainops.points import points as points_of_op
 from retainops.registry import PointInfo
-from retainops.slots import Into, Retained, Slot, listed
+from retainops.retained import Retained, listed
+from retainops.slots import Slot
 from retainops.stats import Stats
 
 Want = Into | Stats | None

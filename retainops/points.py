@@ -9,7 +9,8 @@ import torch
 
 from retainops import parcel
 from retainops.registry import Op, Point, PointInfo, find
-from retainops.slots import Retained, Slot
+from retainops.retained import Retained
+from retainops.slots import Slot
 from retainops.stats import Stats, parts_of
 
 

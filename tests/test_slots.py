@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import retainops as ro
-from retainops.slots import overlaps_itself, share_memory
+from retainops.buffers import overlaps_itself, share_memory
 from tests.conftest import GPU, Path, random_leaves
 from tests.oracle import assert_near
 

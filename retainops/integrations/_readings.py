@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from retainops.slots import Retained
+from retainops.retained import Retained
 from retainops.stats import Stats
 
 

@@ -20,7 +20,7 @@ except ImportError as error:
     ) from error
 
 from retainops.integrations._readings import numbers
-from retainops.slots import Retained
+from retainops.retained import Retained
 
 BARS = "▁▂▃▄▅▆▇█"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from retainops.integrations._readings import numbers, statistics
-from retainops.slots import Retained
+from retainops.retained import Retained
 from retainops.stats import HIST_BINS
 
 

@@ -10,7 +10,8 @@ import torch
 from retainops.dispatch import requested
 from retainops.points import tap
 from retainops.registry import Op
-from retainops.slots import Retained, Slot
+from retainops.retained import Retained
+from retainops.slots import Slot
 from retainops.stats import Stats
 
 

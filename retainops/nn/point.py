@@ -10,7 +10,7 @@ from torch import nn
 from retainops.nn._several import call_with_several
 from retainops.points import tap
 from retainops.registry import Op, PointInfo
-from retainops.slots import Retained
+from retainops.retained import Retained
 
 
 class HoldsPoints(nn.Module):

@@ -11,7 +11,8 @@ from retainops.dispatch import HAS_TRITON, run
 from retainops.ops._backward import kernels_can, save_inputs, saved_inputs, through_reference
 from retainops.ops._check import check_elementwise, refuses_dtypes
 from retainops.registry import Op, Point, PointInfo, register
-from retainops.slots import Retained, Slot
+from retainops.retained import Retained
+from retainops.slots import Slot
 
 if HAS_TRITON:
     from retainops.kernels import mul_sin as kernels

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from retainops.dispatch import backend
-from retainops.slots import Retained
+from retainops.retained import Retained
 
 Quantities = dict[str, "torch.Tensor | None"]
 """What a run computes, by name: "y", then "d" and the name of each input, then of each point."""

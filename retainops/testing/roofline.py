@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from retainops.testing import sass
 from retainops.testing.driver import Launch, driver
-from retainops.testing.flow import whole_tile
+from retainops.testing.flow import Step, whole_tile
 from retainops.testing.sass import Instruction
 
 BANDWIDTH_EFFICIENCY = 0.92  # an assumption, until a GPU calibrates it: what a device copy reaches of the datasheet's
@@ -197,13 +197,20 @@ class _Walk:
         return 32 * self.warps * sum(s.instruction.bits // 8 for s in moving if (s.loop == "memory") == looped)
 
     def run(self, trips: float) -> None:
-        """Count instructions, with so many trips of the loops that walk tensors."""
-        times = {"memory": trips, "table": TABLE_TRIPS, "other": 1, "": 1}
+        """Count, with so many trips of the loops that walk tensors."""
         self.moved = self.bytes_once + trips * self.bytes_looped
-        for step in self.steps:
-            self.work["issue"] += times[step.loop]  # type: ignore[assignment]
-            if step.active and (pipe := _pipe(step.instruction)):
-                self.work[pipe] += times[step.loop] * _cost(step.instruction)  # type: ignore[assignment]
+        self.work = work(self.steps, trips)
+
+
+def work(steps: Iterable[Step], trips: float) -> Counter[str]:
+    """What a warp asks of the issue slots and of each pipe, for each of its threads: see `_cost`."""
+    times = {"memory": trips, "table": TABLE_TRIPS, "other": 1, "": 1}
+    total: Counter[str] = Counter()
+    for step in steps:
+        total["issue"] += times[step.loop]  # type: ignore[assignment]
+        if step.active and (pipe := _pipe(step.instruction)):
+            total[pipe] += times[step.loop] * _cost(step.instruction)  # type: ignore[assignment]
+    return total
 
 
 def _times(walks: list[_Walk], bytes_moved: float, gpu: GPU, trips: float | None) -> Iterator[LaunchTime]:

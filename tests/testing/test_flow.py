@@ -53,6 +53,19 @@ def test_the_unmasked_body_is_taken_and_not_the_tail() -> None:
     assert accesses(whole_tile(listing(BRANCHES))) == ["LDG.128", "STG.128"]
 
 
+def test_fewer_accesses_go_before_fewer_instructions() -> None:
+    """bfloat16 in one 128-bit load has to be unpacked: more instructions than two 64-bit loads."""
+    unpacking = "LDG.E.128 R4, desc[UR4][R2.64]\n" + "PRMT R9, R4, 0x7632, R9\n" * 4
+    narrow = "LDG.E.64 R4, desc[UR4][R2.64]\n LDG.E.64 R6, desc[UR4][R2.64+0x8]\n"
+    code = listing(f"@P0 BRA <whole>\n {narrow} EXIT\n whole:\n {unpacking} EXIT")
+    assert accesses(whole_tile(code)) == ["LDG.128"]
+
+
+def test_the_branch_of_a_diverged_warp_is_not_taken() -> None:
+    code = listing("BRA.DIV UR4, <apart>\n FADD R1, R1, R4\n FADD R1, R1, R4\n EXIT\n apart:\n EXIT")
+    assert [s.instruction.base for s in whole_tile(code)] == ["BRA", "FADD", "FADD", "EXIT"]
+
+
 def test_an_early_exit_is_not_taken() -> None:
     code = listing("@P0 EXIT\n LDG.E.128 R4, desc[UR4][R2.64]\n STG.E.128 desc[UR4][R8.64], R4\n EXIT")
     assert accesses(whole_tile(code)) == ["LDG.128", "STG.128"]
@@ -106,6 +119,7 @@ def test_copies_of_a_uniform_predicate_are_one_condition() -> None:
         PLOP3.LUT P1, PT, PT, PT, UP0, 0x80, 0x8
         PLOP3.LUT P2, PT, PT, PT, UP0, 0x40, 0x0
         @P1 LDG.E.128 R4, desc[UR4][R2.64]
+        @P2 LDG.E R6, desc[UR4][R2.64+0x8]
         BRA.U UP0, <join>
         @!P3 LDG.E R4, desc[UR4][R2.64]
         @P2 LDG.E R5, desc[UR4][R2.64+0x4]
@@ -120,7 +134,7 @@ def test_copies_of_a_uniform_predicate_are_one_condition() -> None:
     )
     steps = whole_tile(code)
     assert accesses(steps) == ["LDG.128", "STG.128"]
-    assert [s.instruction.opcode for s in steps if not s.active] == ["BRA.U"]  # the second, not taken
+    assert [s.instruction.opcode for s in steps if not s.active] == ["LDG.E", "BRA.U"]  # P2 is not UP0
 
 
 def test_what_a_false_guard_holds_back_still_takes_its_slot() -> None:
@@ -131,10 +145,38 @@ def test_what_a_false_guard_holds_back_still_takes_its_slot() -> None:
     assert not sin.active
 
 
-def test_a_predicate_written_anew_is_another_condition() -> None:
-    """Without the P2R that keeps `whole`, each @!P2 tests something else, and the load's two bodies may both run."""
-    code = listing(PREDICATED.format(keep="NOP", clobber=CLOBBER, restore="NOP", again=CLOBBER))
+@pytest.mark.parametrize(
+    ("keep", "restore", "again"),
+    [
+        ("NOP", "NOP", CLOBBER),
+        ("P2R R20, PR, RZ, 0x4", "IMAD R20, R1, R1, RZ\n ISETP.NE.AND P2, PT, R20, RZ, PT", CLOBBER),
+        ("P2R R20, PR, RZ, 0x4", "LDC.64 R19, c[0x0][0x208]\n ISETP.NE.AND P2, PT, R20, RZ, PT", CLOBBER),
+        ("P2R R20, PR, RZ, 0x4", "R2P PR, R1, 0x7f", CLOBBER),
+    ],
+    ids=["not kept", "its register written", "its register written as one of two", "all written at once"],
+)
+def test_a_predicate_written_anew_is_another_condition(keep: str, restore: str, again: str) -> None:
+    """Each @!P2 tests something else, so the load's two bodies may both run."""
+    code = listing(PREDICATED.format(keep=keep, clobber=CLOBBER, restore=restore, again=again))
     assert accesses(whole_tile(code)) == ["LDG.128", "LDG.32", "LDG.32", "STG.128"]
+
+
+@pytest.mark.parametrize("first", ["ISETP.GT.AND P2, PT, R2, UR6, PT", f"@P0 BRA <j>\n {CLOBBER}\n j:"])
+def test_where_ways_meet_a_predicate_may_be_another(first: str) -> None:
+    code = listing(
+        f"""
+        {first}
+        @!P2 LDG.E.128 R4, desc[UR4][R2.64]
+        @P1 BRA <meet>
+        {CLOBBER}
+    meet:
+        @!P2 BRA <out>
+        LDG.E R4, desc[UR4][R2.64]
+    out:
+        EXIT
+        """
+    )
+    assert accesses(whole_tile(code)) == ["LDG.128", "LDG.32"]
 
 
 SIN = """
@@ -234,6 +276,19 @@ LOOPS = {
         FADD R1, R1, R4
         @P1 BRA <head>
         BRA <outer>
+    out:
+        STG.E desc[UR4][R8.64], R1
+        EXIT
+    """,
+    "left straight for the next trip of another": """
+        MOV R1, RZ
+    outer:
+        @P0 BRA <out>
+    head:
+        FADD R1, R1, R4
+        @P1 BRA <outer>
+        LDG.E.128 R4, desc[UR4][R2.64]
+        BRA <head>
     out:
         STG.E desc[UR4][R8.64], R1
         EXIT

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import pytest
@@ -10,8 +11,10 @@ import torch
 triton = pytest.importorskip("triton", reason="without triton there is no machine code to predict from")
 import triton.language as tl  # noqa: E402
 
-from retainops.testing import predict  # noqa: E402
-from retainops.testing.roofline import BANDWIDTH_EFFICIENCY, GPUS, ISSUE_EFFICIENCY  # noqa: E402
+from retainops.testing import predict, sass, static_report  # noqa: E402
+from retainops.testing.flow import Step, whole_tile  # noqa: E402
+from retainops.testing.roofline import BANDWIDTH_EFFICIENCY, GPUS, ISSUE_EFFICIENCY, work  # noqa: E402
+from retainops.testing.sass import Instruction  # noqa: E402
 
 BLOCK = 1024
 ALIGNED, RAGGED = 1 << 22, (1 << 22) - 5
@@ -155,13 +158,48 @@ def test_a_launch_smaller_than_the_gpu_has_its_programs_only() -> None:
 
 def test_the_slow_path_of_sin_costs_more() -> None:
     x, y = pair(ALIGNED)
-    fast, slow = (
-        predict(lambda: sin_kernel[(ALIGNED // BLOCK,)](x, y, BLOCK=BLOCK), 8 * ALIGNED, ALIGNED, slow=slow)
-        for slow in (False, True)
-    )
+
+    def call() -> None:
+        sin_kernel[(ALIGNED // BLOCK,)](x, y, BLOCK=BLOCK)
+
+    fast, slow = (predict(call, 8 * ALIGNED, ALIGNED, slow=slow) for slow in (False, True))
     assert fast.bound == "memory"
-    assert slow.instructions_per_element > 3 * fast.instructions_per_element
     assert slow.seconds > fast.seconds
+    (report,) = static_report(call)
+    steps = whole_tile(sass.parse(report.sass), slow=True)
+    words = 6  # of the table of 2/pi, one a trip
+    assert slow.instructions_per_element == sum(words if s.loop == "table" else 1 for s in steps) / (BLOCK // 128)
+    assert slow.instructions_per_element > 3 * fast.instructions_per_element
+
+
+PIPES = {
+    "FFMA.FTZ": {"fp32": 1},
+    "HFMA2.MMA": {"half": 1},
+    "IMAD.WIDE.U32": {"imad": 1},
+    "DMUL": {"fp64": 1},
+    "MUFU.EX2": {"xu": 1},
+    "F2I.FTZ.NTZ": {"xu": 1},
+    "I2FP.F32.S32": {"alu": 1},
+    "LOP3.LUT": {"alu": 1},
+    "LDG.E.U16": {"lsu": 1},
+    "STG.E.128": {"lsu": 4},
+    "SHFL.BFLY": {"lsu": 1},
+    "HMMA.16816.F32.BF16": {"tensor": 16 * 8 * 16 / 32},
+    "HMMA.1688.F32.TF32": {"tensor": 2 * 16 * 8 * 8 / 32},
+    "HGMMA.64x128x16.F32.BF16": {"tensor": 64 * 128 * 16 / 128},
+    "UIADD3": {},
+    "BRA.U": {},
+    "NOP": {},
+}
+
+
+@pytest.mark.parametrize(("opcode", "pipes"), PIPES.items(), ids=PIPES)
+def test_each_instruction_goes_to_its_pipe(opcode: str, pipes: dict[str, float]) -> None:
+    step = Step(Instruction(0, "", opcode, "", ""))
+    assert work([step], trips=1) == {"issue": 1, **pipes}
+    assert work([dataclasses.replace(step, active=False)], trips=1) == {"issue": 1}
+    looped = work([dataclasses.replace(step, loop="memory"), dataclasses.replace(step, loop="other")], trips=9)
+    assert looped == {"issue": 10, **{pipe: 10 * n for pipe, n in pipes.items()}}
 
 
 @pytest.mark.parametrize("programs", [132, 528])

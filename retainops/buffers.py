@@ -1,0 +1,79 @@
+"""Buffers of the caller's that a gradient is written into."""
+
+from __future__ import annotations
+
+import torch
+
+
+class Into:
+    """Ask for a point's gradient in a buffer of yours, written by the backward kernel itself.
+
+    Args:
+        buffer: a tensor of the point's shape and device, in the point's dtype or float32 (which keeps what the
+            kernel computed, unrounded). Any strides, but no two elements may share memory. It must not require grad.
+        accumulate: False: the first gradient after the slot was made or `reset()` overwrites the buffer and later
+            ones add to it. True: every gradient adds to what the buffer holds.
+
+    Raises:
+        TypeError: `buffer` is not a tensor.
+        ValueError: `buffer` requires grad, is not floating point, or overlaps itself.
+
+    Example:
+        >>> total = torch.zeros(1024, 1024)
+        >>> y = ro.mul_sin(a, b, retain=ro.Retained(c=ro.Into(total, accumulate=True)))
+    """
+
+    __slots__ = ("accumulate", "buffer")
+
+    def __init__(self, buffer: torch.Tensor, *, accumulate: bool = False) -> None:
+        if not isinstance(buffer, torch.Tensor):
+            raise TypeError(f"Into: buffer is {type(buffer).__name__}; expected a torch.Tensor to write into")
+        if buffer.requires_grad:
+            raise ValueError("Into: buffer requires grad; pass buffer.detach(), or a tensor made without it")
+        if not buffer.is_floating_point() or buffer.layout != torch.strided:
+            raise ValueError(f"Into: buffer is {buffer.dtype}, {buffer.layout}; expected a dense floating-point tensor")
+        if overlaps_itself(buffer):
+            raise ValueError(
+                f"Into: elements of buffer share memory (shape {tuple(buffer.shape)}, strides {buffer.stride()}); "
+                "pass a tensor that owns each element, such as torch.empty(shape)"
+            )
+        self.buffer = buffer
+        self.accumulate = accumulate
+
+    def check(self, op: str, point: str, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> None:
+        """Raise if the buffer cannot hold a gradient like this."""
+        buffer = self.buffer
+        right_dtype = buffer.dtype in (dtype, torch.float32) if dtype != torch.float64 else buffer.dtype == dtype
+        if buffer.shape != shape or buffer.device != device or not right_dtype:
+            raise ValueError(
+                f"{op}: the Into buffer for point '{point}' has shape {tuple(buffer.shape)}, {buffer.dtype}, on "
+                f"{buffer.device}; expected shape {tuple(shape)}, {dtype}, on {device}"
+                + ("" if dtype == torch.float64 else " (or torch.float32)")
+            )
+
+    def __repr__(self) -> str:
+        return f"Into({self.buffer.dtype} buffer{', accumulate=True' if self.accumulate else ''})"
+
+
+def overlaps_itself(t: torch.Tensor) -> bool:
+    """Whether two elements of `t` may share memory (never False when they do)."""
+    span = 1
+    for stride, size in sorted(zip(t.stride(), t.shape, strict=True)):
+        if size > 1:
+            if stride < span:
+                return True
+            span = stride * (size - 1) + span
+    return False
+
+
+def share_memory(t: torch.Tensor, u: torch.Tensor) -> bool:
+    """Whether the address ranges of `t` and `u` meet."""
+    if t.device != u.device or not t.numel() or not u.numel():
+        return False
+    (t0, t1), (u0, u1) = _range(t), _range(u)
+    return t0 < u1 and u0 < t1
+
+
+def _range(t: torch.Tensor) -> tuple[int, int]:
+    last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+    return t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size()
