@@ -30,8 +30,9 @@ class Operand(NamedTuple):
 @triton.jit
 def tile(SHAPE, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """This program's tile: (outer index, first row, first column, whether it lies inside SHAPE as a whole)."""
-    tiles_n = tl.cdiv(SHAPE[-1], BLOCK_N)
-    tiles_m = tl.cdiv(SHAPE[-2], BLOCK_M)
+    # Rounded up without going above the size: SHAPE + BLOCK - 1 overflows int32 for sizes just below 2**31.
+    tiles_n = (SHAPE[-1] - 1) // BLOCK_N + 1
+    tiles_m = (SHAPE[-2] - 1) // BLOCK_M + 1
     pid = tl.program_id(0)
     n = (pid % tiles_n).to(tl.int64) * BLOCK_N
     m = (pid // tiles_n % tiles_m).to(tl.int64) * BLOCK_M

@@ -70,6 +70,8 @@ def share_memory(t: torch.Tensor, u: torch.Tensor) -> bool:
     """Whether the address ranges of `t` and `u` meet."""
     if t.device != u.device or not t.numel() or not u.numel():
         return False
+    if t.device.type == "meta" or t.layout != torch.strided or u.layout != torch.strided:
+        return False  # no memory, or none of this kind
     (t0, t1), (u0, u1) = _range(t), _range(u)
     return t0 < u1 and u0 < t1
 

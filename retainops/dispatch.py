@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import numbers
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
@@ -28,6 +29,11 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 _kernel_devices = {"cuda"}
 _chosen: ContextVar[str | None] = ContextVar("retainops_backend", default=None)
+
+
+def backend_name() -> str:
+    """The backend in force here: "auto", "triton" or "reference"."""
+    return _chosen.get() or _default
 
 
 def _named(backend: str, source: str) -> str:
@@ -102,21 +108,25 @@ def plain(t: torch.Tensor) -> bool:
         and t.layout == torch.strided
         and t.device.type in _kernel_devices
         and not t.is_neg()
+        and not t._is_zerotensor()
         and torch._C._has_storage(t)  # a batched tensor (is_grads_batched, vmap) has none
     )
 
 
 def why_reference(op: Op, inputs: tuple[Any, ...]) -> str | None:
     """Why this call takes the reference path; None: it takes the kernels."""
-    if (_chosen.get() or _default) == "reference":
+    if backend_name() == "reference":
         return 'the backend is "reference"'
     if not HAS_TRITON:
         return "triton is not installed"
     if around := ambient():
         return around
     for x in inputs:
-        if isinstance(x, torch.Tensor) and not plain(x):
-            return _not_plain(x)
+        if isinstance(x, torch.Tensor):
+            if not plain(x):
+                return _not_plain(x)
+        elif not isinstance(x, numbers.Number):
+            return f"an input is a {type(x).__name__}, which stands for a tensor"
     return op.refuses(*inputs)
 
 
@@ -138,7 +148,7 @@ def run(op: Op, inputs: tuple[Any, ...], retain: Retained | None) -> torch.Tenso
     why = why_reference(op, inputs)
     if why is None:
         return op.launch(inputs, slots)
-    if (_chosen.get() or _default) == "triton":
+    if backend_name() == "triton":
         raise RuntimeError(
             f'{op.name}: the backend is "triton", and the kernels cannot take this call: {why}; '
             'use backend("auto") to let it take the reference path'

@@ -55,7 +55,14 @@ class ModelPoints(Mapping[str, ModelPoint]):
 
     def __init__(self, model: nn.Module) -> None:
         self._model = type(_original(model)).__name__
-        self._points = {p.name: p for p in _points_in(model)}
+        self._points: dict[str, ModelPoint] = {}
+        for p in _points_in(model):
+            if p.name in self._points:
+                raise ValueError(
+                    f"{self._model}: two points are called '{p.name}', {self._points[p.name].where}'s and {p.where}'s; "
+                    "rename the module that holds one of them"
+                )
+            self._points[p.name] = p
 
     def __getitem__(self, name: str) -> ModelPoint:
         return self._points[name]

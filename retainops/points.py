@@ -19,15 +19,18 @@ class Tap(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, leaf: torch.Tensor, slot: Slot, op: str) -> torch.Tensor:
-        ctx.slot, ctx.op = slot, op
+        ctx.slot, ctx.leaf, ctx.op = slot, leaf, op
+        ctx.set_materialize_grads(False)
         if "act_grad" in slot.parts:
             ctx.save_for_backward(x)
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, grad: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        if grad is None:  # no gradient arrives: none leaves, as without the tap
+            return None, None, None, None
         value = ctx.saved_tensors[0] if ctx.saved_tensors else None
-        return grad, ctx.slot.deposit(ctx.op, grad, value), None, None
+        return grad, ctx.slot.deposit(ctx.op, grad, value, ctx.leaf), None, None
 
     @staticmethod
     def jvp(ctx: Any, x_t: torch.Tensor, *_: Any) -> torch.Tensor:
@@ -52,18 +55,23 @@ class CompiledTap(torch.autograd.Function):
         stats = tuple(name for name in ctx.names if name != "dense")
         parts = parts_of(stats, ctx.over, grad, value)
         if "dense" in ctx.names:
-            parts.insert(0, grad)
+            parts.insert(0, grad.clone())  # what a slot holds is its own; Inductor stores it from the same loop
         return grad, parcel.pack(ctx.point, ctx.names, *parts), None, None, None
 
 
-def tap(op: str, slot: Slot, value: torch.Tensor) -> torch.Tensor:
-    """`value`, with its gradient going to a slot too."""
+def tap(op: str, slot: Slot, value: torch.Tensor, leaf: torch.Tensor | None = None) -> torch.Tensor:
+    """`value`, with its gradient going to a slot too: by its present leaf, or one that it had before."""
     if not value.requires_grad:
         raise no_grad(op, slot.name)
     if torch.compiler.is_compiling():
-        over = slot.want.over if isinstance(slot.want, Stats) else "tensor"
+        over = "tensor"
+        if isinstance(slot.want, Stats):
+            over = slot.want.over
+            slot.want.check(op, slot.name, value.shape, value.dtype, value.device)
         return CompiledTap.apply(value, slot.carrier, slot.name, slot.parts, over)
-    return Tap.apply(value, slot.bind(op, value.shape, value.dtype, value.device), slot, op)
+    if leaf is None:
+        leaf = slot.bind(op, value.shape, value.dtype, value.device)
+    return Tap.apply(value, leaf, slot, op)
 
 
 def unretained(name: str, value: torch.Tensor) -> torch.Tensor:
@@ -71,14 +79,17 @@ def unretained(name: str, value: torch.Tensor) -> torch.Tensor:
     return value
 
 
-def reader(op: str, slots: Mapping[str, Slot]) -> Point:
-    """The `point` that a reference calls: it taps the values that `slots` asks for and leaves the others alone."""
+def reader(op: str, slots: Mapping[str, Slot], leaves: Mapping[str, torch.Tensor] | None = None) -> Point:
+    """The `point` that a reference calls: it taps the values that `slots` asks for and leaves the others alone.
+
+    `leaves` are the slots' leaves of an earlier forward, where the reference is run once more for its backward.
+    """
     if not slots:
         return unretained
 
     def point(name: str, value: torch.Tensor) -> torch.Tensor:
         slot = slots.get(name)
-        return value if slot is None else tap(op, slot, value)
+        return value if slot is None else tap(op, slot, value, leaves.get(name) if leaves else None)
 
     return point
 

@@ -95,8 +95,8 @@ class Retained(Mapping[str, Slot]):
         """The name of the first point, in the order of backward, whose gradient has an inf or a nan; None: all finite.
 
         It reads values, so it waits for the GPU. The order is that in which gradients first came since `reset()`. A
-        compiled graph hands them over all at once: among its points, one that was registered (or asked for) later
-        counts as earlier in backward.
+        compiled graph hands them over all at once: among points that come from compiled graphs in a row, one that was
+        registered (or asked for) later counts as earlier in backward.
 
         Raises:
             ValueError: of some point neither the gradient nor the statistic "nonfinite" was asked for.

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import functools
 import itertools
+import threading
 import weakref
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -73,8 +74,20 @@ class Slot:
         self._may_rebind = False
         self._parts: dict[str, torch.Tensor] = {}
         self._arrival: Arrival | None = None
-        self.carrier = parcel.carrier(name)
+        self._connect()
+
+    def _connect(self) -> None:
+        self._lock = threading.RLock()  # threads may use one slot at once; backward calls come from several anyway
+        self.carrier = parcel.carrier(self.name)
         self.carrier.register_post_accumulate_grad_hook(functools.partial(_outside_graphs(), weakref.ref(self)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles take the gradient along, and get a lock and a carrier of their own."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("_lock", "carrier")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._connect()
 
     @property
     def grad(self) -> torch.Tensor | None:
@@ -133,6 +146,10 @@ class Slot:
             RuntimeError: the slot was used with another shape, dtype or device and not reset since.
             ValueError: the `Into` buffer does not fit, or the `Stats` cannot be taken.
         """
+        with self._lock:
+            return self._bind(op, shape, dtype, device)
+
+    def _bind(self, op: str, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         leaf = self._leaf
         if leaf is not None and (leaf.shape, leaf.dtype, leaf.device) == (shape, dtype, device):
             self._may_rebind = False
@@ -161,37 +178,46 @@ class Slot:
             self.want.check(op, self.name, shape, dtype, device)
             if not buffer.is_inference():
                 torch.autograd.graph.increment_version(buffer)  # a kernel's writes are otherwise unknown to autograd
-            accumulate, self._filled = self.want.accumulate or self._filled, True
-            return Answer(buffer, accumulate, None, None)
+            return Answer(buffer, self.want.accumulate or self._filled, None, None)
         if self.want is not None and not self.want.grad:
             return Answer(None, False, None, self.want)
         new = torch.empty(shape, dtype=dtype, device=device)
         return Answer(new, False, new, self.want)
 
-    def merge(self, parts: Mapping[str, torch.Tensor]) -> None:
-        """Take one backward call's parts of statistics."""
-        self._note_arrival()
-        # No graph is kept through statistics, and what create_graph gave is not theirs to hold.
-        self._parts = merge(self._parts, {name: part.detach() for name, part in parts.items()})
+    def written(self) -> None:
+        """An `Into` buffer that `answer` named has its gradient now (and had not, if a backward failed before)."""
+        self._filled = isinstance(self.want, Into)
 
-    def deposit(self, op: str, grad: torch.Tensor, value: torch.Tensor | None) -> torch.Tensor | None:
+    def merge(self, parts: Mapping[str, torch.Tensor], leaf: torch.Tensor | None = None) -> None:
+        """Take one backward call's parts of statistics, unless they come to a leaf that a reset has done away with."""
+        if leaf is not None and leaf is not self._leaf:
+            return
+        with self._lock:
+            self._note_arrival()
+            # No graph is kept through statistics, and what create_graph gave is not theirs to hold.
+            self._parts = merge(self.name, self._parts, {name: part.detach() for name, part in parts.items()})
+
+    def deposit(
+        self, op: str, grad: torch.Tensor, value: torch.Tensor | None, leaf: torch.Tensor | None = None
+    ) -> torch.Tensor | None:
         """Put a gradient that exists already where the caller wants it; what to return to autograd for the slot.
 
-        `value` is the interior's value, for statistics that need it.
+        `value` is the interior's value, for statistics that need it; `leaf` is the one that the graph was built with.
         """
         self._note_arrival()
         if isinstance(self.want, Into):
-            answer = self.answer(op, grad.shape, grad.dtype, grad.device)
-            with torch.no_grad():
+            with self._lock, torch.no_grad():
+                answer = self.answer(op, grad.shape, grad.dtype, grad.device)
                 if answer.accumulate:
                     self.want.buffer.add_(grad)
                 else:
                     self.want.buffer.copy_(grad)
+                self.written()
             return None
         if self.want is not None:
             with torch.no_grad():
                 found = parts_of(self.want.parts, self.want.over, grad.detach(), value)
-                self.merge(dict(zip(self.want.parts, found, strict=True)))
+                self.merge(dict(zip(self.want.parts, found, strict=True)), leaf)
             return grad if self.want.grad else None
         return grad
 
@@ -199,15 +225,17 @@ class Slot:
         """Take what a compiled graph answered."""
         self._note_arrival(compiled=True)
         dense = parts.pop("dense", None)
+        # The full gradient's shape is checked before anything is taken.
+        leaf = None if dense is None else self.bind("torch.compile", dense.shape, dense.dtype, dense.device)
         if parts:
             self.merge(parts)
-        if dense is None:
+        if dense is None or leaf is None:
             return
-        leaf = self.bind("torch.compile", dense.shape, dense.dtype, dense.device)
         if isinstance(self.want, Into):
             self.deposit("torch.compile", dense, None)
         else:
-            leaf.grad = dense.contiguous() if leaf.grad is None else leaf.grad + dense
+            with self._lock:
+                leaf.grad = dense.contiguous() if leaf.grad is None else leaf.grad + dense
 
     def _readings(self) -> dict[str, torch.Tensor | None]:
         names = self.want.names if isinstance(self.want, Stats) else ()

@@ -55,6 +55,9 @@ OVER = ("tensor", "rows", "channels")
 class Stats:
     """Ask for statistics of a point's gradient instead of the gradient: no buffer of its size exists at any time.
 
+    A kernel leaves one float32 a statistic and tile, mostly of 1024 elements ("hist": 256 counts a tile). The tiles are
+    smaller, and their shares more, where no two dims of the operands merge.
+
     Args:
         *names: of "l2", "sum", "abs_sum", "amax", "mean", "nonfinite", "act_grad" (the sum of value x gradient) and
             "hist" (counts by power-of-two exponent; see `HIST_BINS`).
@@ -102,7 +105,7 @@ class Stats:
 
     def check(self, op: str, point: str, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> None:
         """Raise if these statistics cannot be taken of a gradient like this."""
-        if self.over != "tensor" and not shape:
+        if self.over != "tensor" and len(shape) == 0:
             raise ValueError(
                 f"{op}: Stats(over={self.over!r}) of point '{point}', which has no dims; use over=\"tensor\""
             )
@@ -172,6 +175,16 @@ def hist(wide: torch.Tensor) -> torch.Tensor:
     return zeros.scatter_add(0, exponent, torch.ones_like(exponent))
 
 
-def merge(old: Mapping[str, torch.Tensor], new: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Parts of all gradients seen, from those seen before and those of one more."""
+def merge(point: str, old: Mapping[str, torch.Tensor], new: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Parts of all gradients seen, from those seen before and those of one more.
+
+    Raises:
+        RuntimeError: statistics over rows or channels of gradients of different shapes.
+    """
+    for name, part in new.items():
+        if name in old and old[name].shape != part.shape:
+            raise RuntimeError(
+                f"point '{point}': statistics of shape {tuple(part.shape)} do not merge with those of shape "
+                f"{tuple(old[name].shape)} from another gradient; call reset() on the slot between the two"
+            )
     return {name: MERGE[name](old[name], part) if name in old else part for name, part in new.items()}

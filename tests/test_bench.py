@@ -285,6 +285,7 @@ def _row(job: Job, variant: str, seconds: float, size: str = "64 MiB", kind: str
         bytes=moved * 2**26,
         seconds=seconds,
         q1=seconds,
+        median=seconds,
         q3=seconds,
         rounds=9,
         calls=10,
@@ -389,6 +390,19 @@ def test_a_run_is_what_it_was_after_a_save(run: record.Run, tmp_path: Path) -> N
     run.save(tmp_path)
     assert record.Run.load(tmp_path) == run
     assert record.Run.load(tmp_path / record.FILE) == run
+
+
+@pytest.mark.parametrize(("on_gpu", "seconds", "said"), [(True, 3.0, "Medians"), (False, 1.0, "fastest round")])
+def test_a_gpus_median_and_a_cpus_fastest_round_count(
+    on_gpu: bool, seconds: float, said: str, run: record.Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    what = {k: v for k, v in vars(run.rows[0]).items() if k not in ("seconds", "q1", "median", "q3", "rounds")}
+    stats = {"min": 1.0, "q1": 2.0, "median": 3.0, "q3": 4.0, "max": 9.0, "rounds": 5}
+    monkeypatch.setattr(record, "statistic", lambda: "median" if on_gpu else "fastest")
+    (row,) = record.rows([{"extra_info": what, "stats": stats}])
+    assert (row.seconds, row.q1, row.median, row.q3, row.rounds) == (seconds, 2.0, 3.0, 4.0, 5)
+    run.metadata["statistic"] = record.statistic()
+    assert said in report.markdown(run)
 
 
 def test_where_there_are_no_results_the_remedy_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

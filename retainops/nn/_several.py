@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from retainops.dispatch import requested
+from retainops.dispatch import backend_name, requested
 from retainops.points import tap
 from retainops.registry import Op
 from retainops.retained import Retained
@@ -24,6 +24,12 @@ def call_with_several(op: Op, inputs: tuple[Any, ...], requests: Sequence[Retain
         if all(len(overs(slots)) <= 1 for slots in wanted.values()):
             joined = {name: slots[0] if len(slots) == 1 else Joined(slots) for name, slots in wanted.items() if slots}
             return op.call(*inputs, retain=Retained.of(joined))
+
+        if backend_name() == "triton":
+            raise RuntimeError(
+                f'{op.name}: the backend is "triton", and nested requests ask one point for statistics over different '
+                'things, which one launch cannot take; use backend("auto") to let them take the reference path'
+            )
 
     def point(name: str, value: torch.Tensor) -> torch.Tensor:
         for request in requests:
@@ -52,7 +58,7 @@ class Joined(Slot):
         self._leaf = Join.apply(self.slots, op, *leaves)
         return self._leaf
 
-    def merge(self, parts: Mapping[str, torch.Tensor]) -> None:
+    def merge(self, parts: Mapping[str, torch.Tensor], leaf: torch.Tensor | None = None) -> None:
         for slot in self.slots:
             if isinstance(slot.want, Stats):
                 slot.merge({name: parts[name] for name in slot.want.parts})

@@ -30,12 +30,17 @@ def kernels_can(dy: torch.Tensor) -> bool:
 
 
 def through_reference(
-    op: Op, inputs: Sequence[Any], needed: Sequence[bool], slots: Mapping[str, Slot], dy: torch.Tensor
+    op: Op,
+    inputs: Sequence[Any],
+    needed: Sequence[bool],
+    slots: Mapping[str, Slot],
+    leaves: Mapping[str, torch.Tensor],
+    dy: torch.Tensor,
 ) -> list[torch.Tensor | None]:
     """Gradients by differentiating the op's reference: differentiable themselves under create_graph.
 
     The reference is run on the saved inputs with the same slots, so a second backward adds the second-order part to
-    a retained gradient too, as retain_grad does.
+    a retained gradient too, as retain_grad does. `leaves` are those of the forward: the slots may have others by now.
 
     Returns:
         The gradient of each input (None where not needed), then of each point's slot (None where there is none, or
@@ -45,11 +50,11 @@ def through_reference(
     with torch.enable_grad():
         # A view for each use: mul_sin(a, a) has two gradients to return, not their sum twice.
         own = [_own_view(x, create_graph) if need else x for x, need in zip(inputs, needed, strict=True)]
-        y = op.reference(*own, reader(op.name, slots))
-        wanted = [x for x, need in zip(own, needed, strict=True) if need] + [s.tensor for s in slots.values()]
+        y = op.reference(*own, reader(op.name, slots, leaves))
+        wanted = [x for x, need in zip(own, needed, strict=True) if need] + list(leaves.values())
         found = iter(torch.autograd.grad(y, wanted, dy, create_graph=create_graph, allow_unused=True))
     grads = [next(found) if need else None for need in needed]
-    of_slots = {name: next(found) for name in slots}
+    of_slots = {name: next(found) for name in leaves}
     return grads + [of_slots.get(p.name) for p in op.points]
 
 

@@ -23,6 +23,8 @@ def check_elementwise(op: str, **inputs: Any) -> None:
     for name, x in inputs.items():
         if isinstance(x, torch.Tensor):
             tensors[name] = x
+        elif hasattr(type(x), "__torch_function__"):
+            return  # a stand-in for a tensor, such as torch.fx's proxies: PyTorch's own operations know what to say
         elif not isinstance(x, numbers.Number):
             raise TypeError(f"{op}: {name} is {type(x).__name__}; expected a torch.Tensor or a Python number")
     if not tensors:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 import triton.language as tl
 
+from retainops.buffers import share_memory
 from retainops.kernels.points import Retained, Stats
 from retainops.kernels.tiles import Operand
 from retainops.slots import Slot
@@ -24,7 +25,11 @@ def tensors(dtype: torch.dtype, *inputs: torch.Tensor | float) -> list[torch.Ten
     """The inputs with Python numbers as 0-dim tensors, of the dtype that interiors of a result of `dtype` have."""
     device = next(x.device for x in inputs if isinstance(x, torch.Tensor))
     held = torch.promote_types(dtype, torch.float32)
-    return [x if isinstance(x, torch.Tensor) else torch.full((), x, dtype=held, device=device) for x in inputs]
+    # By way of float64: a number beyond float32 is inf there, as it is in eager, and not an error.
+    return [
+        x if isinstance(x, torch.Tensor) else torch.full((), x, dtype=torch.float64, device=device).to(held)
+        for x in inputs
+    ]
 
 
 def result(dtype: torch.dtype, *inputs: torch.Tensor) -> torch.Tensor:
@@ -208,8 +213,16 @@ class Grad:
 class Kept:
     """What a slot asked of a point: its gradient written where it will be read, and shares of statistics."""
 
-    def __init__(self, op: str, slot: Slot, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> None:
-        self.slot, self.shape, self.dtype, self.device = slot, shape, dtype, device
+    def __init__(
+        self,
+        op: str,
+        slot: Slot,
+        leaf: torch.Tensor | None,
+        shape: torch.Size,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.slot, self.leaf, self.shape, self.dtype, self.device = slot, leaf, shape, dtype, device
         self.tensor, self.accumulate, self.returned, self.stats = slot.answer(op, shape, dtype, device)
         self.summed: list[torch.Size] = []
         self.partials: dict[str, torch.Tensor] = {}
@@ -233,17 +246,18 @@ class Kept:
         return Retained(ptr, strides, None, Stats(**self.partials, strides=at, tiles=tiles))
 
     def finish(self) -> torch.Tensor | None:
-        """Hand the statistics to the slot; the gradient to return to autograd for it."""
+        """Tell the slot what was written, once it is; the gradient to return to autograd for it."""
+        self.slot.written()
         if self.stats is not None:
             like = torch.empty((), dtype=self.dtype, device=self.device).expand(self.shape)
             if not self.shape.numel():
                 found = parts_of(self.stats.parts, self.stats.over, like, like)
-                self.slot.merge(dict(zip(self.stats.parts, found, strict=True)))
+                self.slot.merge(dict(zip(self.stats.parts, found, strict=True)), self.leaf)
             else:
                 parts = {part: self._reduce(part) for part in self.partials}
                 if "count" in self.stats.parts:
                     parts["count"] = count(like, self.stats.over)
-                self.slot.merge(parts)
+                self.slot.merge(parts, self.leaf)
         return self.returned
 
     def _reduce(self, part: str) -> torch.Tensor:
@@ -265,12 +279,13 @@ def launch(kernel: Any, shape: torch.Size, dtype: torch.dtype, *operands: torch.
     """
     if not shape.numel():
         return
-    tensors = [t for x in operands if (t := x.tensor if isinstance(x, (Grad, Kept)) else x) is not None]
-    summed = [small for x in operands if isinstance(x, (Grad, Kept)) for small in x.summed]
+    given = _apart(operands)
+    tensors = [t for x in given if (t := x.tensor if isinstance(x, (Grad, Kept)) else x) is not None]
+    summed = [small for x in given if isinstance(x, (Grad, Kept)) for small in x.summed]
     way = walk(shape, tensors, summed)
     held = torch.promote_types(dtype, torch.float32)
     args: list[Any] = []
-    for x in operands:
+    for x in given:
         if isinstance(x, (Grad, Kept)):
             args.append(x.operand(way, held))
         else:
@@ -279,6 +294,15 @@ def launch(kernel: Any, shape: torch.Size, dtype: torch.dtype, *operands: torch.
         kernel[way.grid](
             *args, way.shape, tl.float64 if held == torch.float64 else tl.float32, *way.block, num_warps=way.warps
         )
+
+
+def _apart(operands: Sequence[Any]) -> list[Any]:
+    """The operands of a backward, with a copy of what an `Into` buffer shares memory with: programs would race."""
+    buffers = [x.tensor for x in operands if isinstance(x, Kept) and x.tensor is not None and x.returned is None]
+    return [
+        x.clone() if isinstance(x, torch.Tensor) and any(share_memory(x, buffer) for buffer in buffers) else x
+        for x in operands
+    ]
 
 
 def on_device(t: torch.Tensor) -> contextlib.AbstractContextManager[Any]:

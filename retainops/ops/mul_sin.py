@@ -62,21 +62,24 @@ class MulSin(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, a: Any, b: Any, c: torch.Tensor | None, slots: Any, dtype: torch.dtype) -> torch.Tensor:
         save_inputs(ctx, a, b)
-        ctx.slots = slots
+        ctx.slots, ctx.leaves = slots, {} if c is None else {"c": c}
+        ctx.set_materialize_grads(False)
         a, b = _tiles.tensors(dtype, a, b)
         y = _tiles.result(dtype, a, b)
         _tiles.launch(kernels.mul_sin_fwd_kernel, y.shape, dtype, a, b, y)
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        inputs, slots = saved_inputs(ctx), ctx.slots
+    def backward(ctx: Any, dy: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        inputs, slots, leaves = saved_inputs(ctx), ctx.slots, ctx.leaves
+        if dy is None:  # no gradient arrives: none leaves, as in eager
+            return (None,) * 5
         needs_a, needs_b, needs_c, *_ = ctx.needs_input_grad
         if not kernels_can(dy):
-            return *through_reference(MUL_SIN, inputs, (needs_a, needs_b), slots, dy), None, None
+            return *through_reference(MUL_SIN, inputs, (needs_a, needs_b), slots, leaves, dy), None, None
         a, b = _tiles.tensors(dy.dtype, *inputs)
         da, db = _tiles.Grad(a, dy.shape, needs_a), _tiles.Grad(b, dy.shape, needs_b)
-        dc = _tiles.Kept("mul_sin", slots["c"], dy.shape, dy.dtype, dy.device) if needs_c else None
+        dc = _tiles.Kept("mul_sin", slots["c"], leaves["c"], dy.shape, dy.dtype, dy.device) if needs_c else None
         _tiles.launch(kernels.mul_sin_bwd_kernel, dy.shape, dy.dtype, a, b, dy, da, db, dc)
         return da.finish(), db.finish(), dc.finish() if dc else None, None, None
 

@@ -226,8 +226,8 @@ def _amd(launch: Launch, target: str) -> KernelReport:
 
 
 def _amd_instructions(text: str) -> list[str]:
-    body = text.partition("\n.Lfunc_begin0:")[2].partition("\n.Lfunc_end0:")[0]
-    lines = re.findall(r"^[ \t]+([a-z]\w*(?:[ \t][^;\n]*)?)", body, re.MULTILINE)
+    # Directives begin with a dot, labels and the metadata's keys do not begin with a blank.
+    lines = re.findall(r"^[ \t]+([a-z]\w*(?:[ \t][^;\n]*)?)", text, re.MULTILINE)
     return [line for line in lines if not line.startswith("s_nop")]
 
 

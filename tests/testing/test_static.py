@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
 from collections.abc import Callable
@@ -90,10 +91,18 @@ def masked_sin_kernel(X, Y, N, BLOCK: tl.constexpr):
 
 @triton.jit
 def normalise_kernel(X, Y, BLOCK: tl.constexpr):
-    """y = x / sum(x): every element lives until the sum is known."""
+    """y = x scaled by its sum and its largest element: every element lives until both are known."""
     i = tl.arange(0, BLOCK)
     x = tl.load(X + i)
-    tl.store(Y + i, x / tl.sum(x))
+    x = x * tl.sum(x)
+    tl.store(Y + i, x + tl.max(x))
+
+
+@triton.jit
+def add_kernel(X, Y, BY: tl.constexpr, BLOCK: tl.constexpr):
+    """y = x + by."""
+    i = tl.arange(0, BLOCK)
+    tl.store(Y + i, tl.load(X + i) + BY)
 
 
 def tensors(n: int, dtype: torch.dtype, count: int) -> list[torch.Tensor]:
@@ -103,6 +112,10 @@ def tensors(n: int, dtype: torch.dtype, count: int) -> list[torch.Tensor]:
 def double(n: int, dtype: torch.dtype = torch.float32, retain: bool = False) -> Callable[[], object]:
     x, y, c = tensors(n, dtype, 3)
     return lambda: double_kernel[(triton.cdiv(n, BLOCK),)](x, y, c if retain else None, n, BLOCK=BLOCK)
+
+
+def add(by: int) -> None:
+    add_kernel[(1,)](*tensors(128, torch.float32, 2), BY=by, BLOCK=128)
 
 
 def normalise(block: int, warps: int) -> None:
@@ -134,6 +147,14 @@ def test_a_dummy_pointer_costs_something(target: str) -> None:
     dummy = only(lambda: double_with_switch_kernel[(5,)](x, y, c, RAGGED, STORE=False, BLOCK=BLOCK), target)
     assert dummy.stores == never.stores  # it stores no c ...
     assert dummy.machine_code != never.machine_code  # ... and is another kernel all the same
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_one_other_number_is_other_machine_code(target: str) -> None:
+    one, other, again = (only(functools.partial(add, by), target) for by in (1, 2, 1))
+    assert one.mix == other.mix
+    assert one.machine_code != other.machine_code
+    assert one.machine_code == again.machine_code
 
 
 @pytest.mark.parametrize(
@@ -208,6 +229,8 @@ def test_every_target_has_a_full_report(target: str) -> None:
     assert (report.name, report.target, report.num_warps, report.shared) == ("double_kernel", target, 4, 0)
     assert 8 < report.registers < 64
     assert report.instructions == sum(report.mix.values()) > 20
+    assert not {"NOP", "s_nop"} & set(report.mix)
+    assert sum(report.mix[end] for end in ("EXIT", "s_endpgm")) > 0
     assert report.loads
     assert report.stores
     assert report.machine_code == only(double(ALIGNED, torch.bfloat16, retain=True), target).machine_code
