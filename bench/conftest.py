@@ -26,7 +26,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("retainops benchmarks")
     group.addoption("--bench-quick", action="store_true", help="tiny sizes, one round: whether it runs, not how fast")
     group.addoption("--bench-seconds", type=float, default=140.0, help="start no case after this many seconds")
+    group.addoption("--bench-threads", type=int, default=0, help="of PyTorch on a CPU (default: its own choice)")
     group.addoption("--bench-note", default="", help="a remark to keep with the results")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if threads := config.getoption("--bench-threads"):
+        torch.set_num_threads(threads)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

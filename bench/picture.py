@@ -41,7 +41,12 @@ def figure(run: Run) -> Figure:
     size = next((r.size for r in _shown(run.rows)), "no")
     no_kernels = any(r.path == "reference" for r in run.rows)
     path = " (no GPU, so retainops takes its reference path here, not its kernels)" if no_kernels else ""
-    fig.suptitle(f"{run.metadata['device']}: {size} tensors, median time{path}", x=0.01, ha="left", fontsize=12)
+    fig.suptitle(
+        f"{run.metadata['device']}: {size} tensors, {run.metadata['statistic']} round{path}",
+        x=0.01,
+        ha="left",
+        fontsize=12,
+    )
     return fig
 
 

@@ -19,6 +19,10 @@ from bench.record import FILE, ROOT, Forecast, Row, Run
 
 RESULTS = ROOT / "bench" / "results"
 WIDTHS = {name: dtype.itemsize for name, dtype in DTYPES.items()}
+ROUNDS = {
+    "median": "Medians over the rounds.",
+    "fastest": "The fastest round of each: other work on a CPU only ever adds time.",
+}
 PICTURE, MARKDOWN = "results.png", "results.md"
 
 
@@ -181,10 +185,11 @@ def notes(run: Run) -> list[str]:
     about = run.metadata
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items() if version)
     found = [
-        f"{about['device']}; {about['date']}; commit {about['commit']}; {versions}; load {about['load']}.",
-        "Medians. The fraction is of the speed of a device copy that moves the same bytes, measured in the same run. "
-        "The factor (1.20x) is the backward that retains the point over the same variant's backward that does not; "
-        "the heading says what it would be by the fewest bytes.",
+        f"{about['device']}, {about['threads']} threads; load {about['load']}; {about['date']}; {versions}; "
+        f"commit {about['commit']}.",
+        f"{ROUNDS[about['statistic']]} The fraction is of the speed of a device copy that moves the same bytes, "
+        "measured in the same run. The factor (1.20x) is the backward that retains the point over the same "
+        "variant's backward that does not; the heading says what it would be by the fewest bytes.",
     ]
     if any(r.host_limited for r in run.rows):
         found.append("* the host may have been slower than the device here.")

@@ -48,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--results", type=Path, metavar="DIR", help="default: bench/results/<device>")
     parser.add_argument("--seconds", type=float, default=140.0, help="start no case after this many (default 140)")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, one round: whether it runs, not how fast")
+    parser.add_argument("--threads", type=int, default=0, help="of PyTorch on a CPU (default: its own choice)")
     parser.add_argument("--note", default="", help="a remark to keep with the results")
     return parser
 
@@ -56,7 +57,11 @@ def _pytest(path: Path, options: argparse.Namespace, more: Sequence[str]) -> int
     command = [sys.executable, "-m", "pytest", "bench", "-v", "--no-header", "--benchmark-quiet"]
     # A warning is an error in the tests; here it must not cost a measurement.
     command += ["-W", "default", "-p", "no:cacheprovider", f"--benchmark-json={path}"]
-    command += [f"--bench-seconds={options.seconds}", f"--bench-note={options.note}"]
+    command += [
+        f"--bench-seconds={options.seconds}",
+        f"--bench-note={options.note}",
+        f"--bench-threads={options.threads}",
+    ]
     command += ["--bench-quick"] if options.quick else []
     # pytest-benchmark times nothing in what it takes for a worker of a parallel run.
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}

@@ -455,7 +455,7 @@ def _python(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
 
 def test_one_command_measures_and_reports(tmp_path: Path) -> None:
     only = "test_ops and fp32 and 64k and backward and not compile and not Into and not Stats"
-    args = ("--quick", "--results", str(tmp_path), "--note", "quick", "-k", only)
+    args = ("--quick", "--threads", "1", "--results", str(tmp_path), "--note", "quick", "-k", only)
     done = _python("-m", "bench.run", *args, PYTEST_XDIST_WORKER="gw0")  # as in a parallel run of the tests
     assert done.returncode == 0, done.stdout + done.stderr
     kept = record.Run.load(tmp_path)
@@ -463,7 +463,7 @@ def test_one_command_measures_and_reports(tmp_path: Path) -> None:
     assert ("mul_sin", "backward + c", "eager") in measured
     assert {variant for _, _, variant in measured} == {"retainops", "eager", "copy"}
     assert all(r.seconds > 0 for r in kept.rows)
-    assert kept.metadata["note"] == "quick"
+    assert (kept.metadata["note"], kept.metadata["threads"]) == ("quick", 1)
     assert "backward + c (bytes: 1.20x)" in done.stdout
     assert (tmp_path / report.PICTURE).is_file()
 
