@@ -105,7 +105,12 @@ def main() -> None:
     Console().print(table(seconds, options.rows))
     folder = record.ROOT / "bench" / "results" / record.slug()
     folder.mkdir(parents=True, exist_ok=True)
-    kept = {"metadata": {**record.metadata(""), "statistic": "median"}, "rows": options.rows, "rounds": options.rounds, "seconds": seconds}
+    kept = {
+        "metadata": {**record.metadata(""), "statistic": "median"},
+        "rows": options.rows,
+        "rounds": options.rounds,
+        "seconds": seconds,
+    }
     (folder / "compiled.json").write_text(json.dumps(kept, indent=1) + "\n")
 
 
