@@ -25,3 +25,12 @@ __all__ = [
     "points",
     "retain",
 ]
+
+
+def __getattr__(name: str) -> object:
+    # On demand, and not with the library: it loads triton's compiler.
+    if name == "testing":
+        import importlib
+
+        return importlib.import_module("retainops.testing")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

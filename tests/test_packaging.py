@@ -89,6 +89,11 @@ def test_import_is_light() -> None:
     assert run(code, ROOT) == "[]"
 
 
+def test_testing_comes_on_demand() -> None:
+    code = "import retainops as ro, sys; a = 'retainops.testing' in sys.modules; ro.testing.simulated_gpu; print(a)"
+    assert run(code, ROOT) == "False"
+
+
 def test_plain_install(tmp_path: Path) -> None:
     """Installed, the kernels are `retainops.kernels`; there is no top-level `kernels`, another library's name."""
     source, target, elsewhere = tmp_path / "source", tmp_path / "target", tmp_path / "elsewhere"
