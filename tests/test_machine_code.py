@@ -48,6 +48,11 @@ def backward_call(dtype: torch.dtype, n: int, retain: Callable[[], ro.Retained |
     return call
 
 
+def to_tensors(report: KernelReport) -> dict[str, int]:
+    """Stores to global memory; float64's sin and cos of huge arguments use the stack by generic stores ("ST")."""
+    return {access: times for access, times in report.stores.items() if access.startswith("STG")}
+
+
 def reports(dtype: torch.dtype, n: int, retain: Callable = lambda: None, target: str = "sm_90") -> list[KernelReport]:
     return static_report(backward_call(dtype, n, retain), target)
 
@@ -98,8 +103,8 @@ def test_one_more_store_for_the_retained_point_and_no_more_loads(dtype: torch.dt
         kept = reports(dtype, n, want)[-1]
         assert kept.loads == plain.loads
         # Two gradients are stored without, three with: each width half as often again.
-        assert {width: 2 * times for width, times in kept.stores.items()} == {
-            width: 3 * times for width, times in plain.stores.items()
+        assert {width: 2 * times for width, times in to_tensors(kept).items()} == {
+            width: 3 * times for width, times in to_tensors(plain).items()
         }
 
 
