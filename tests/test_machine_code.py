@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 
 import pytest
@@ -14,9 +13,6 @@ import retainops as ro
 from retainops.kernels.tiles import load, store, store_grad, tile
 from retainops.testing import static_report
 from retainops.testing.static import KernelReport
-
-if importlib.util.find_spec("triton") is None:
-    pytest.skip("triton is not installed: there is no machine code", allow_module_level=True)
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 LENGTHS = {"aligned": 4096, "ragged": 4099}
