@@ -15,7 +15,7 @@ from retainops.nn.point import HoldsPoints
 from retainops.points import PointTable
 from retainops.points import points as points_of_op
 from retainops.registry import PointInfo
-from retainops.retained import Retained, listed
+from retainops.retained import Retained, aligned, listed
 from retainops.slots import Slot
 from retainops.stats import Stats
 
@@ -77,9 +77,7 @@ class ModelPoints(Mapping[str, ModelPoint]):
         rows = [(p.name, p.formula, f"({p.shape})", p.where) for p in self._points.values()]
         if not rows:
             return f"{self._model}: no points"
-        widths = [max(len(row[i]) for row in rows) for i in range(4)]
-        lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
-        return "\n".join([f"{self._model}:", *("  " + line.rstrip() for line in lines)])
+        return "\n".join([f"{self._model}:", *aligned(rows)])
 
 
 def points(of: Callable[..., Any] | str | nn.Module) -> PointTable | ModelPoints:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 
@@ -120,9 +120,7 @@ class Retained(Mapping[str, Slot]):
 
     def __repr__(self) -> str:
         rows = [slot._row() for slot in self._slots.values()]
-        widths = [max(len(row[i]) for row in rows) for i in range(4)]
-        lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
-        return "Retained\n" + "\n".join("  " + line.rstrip() for line in lines)
+        return "\n".join(["Retained", *aligned(rows)])
 
 
 def _in_backward_order(slots: Mapping[str, Slot]) -> list[str]:
@@ -133,6 +131,13 @@ def _in_backward_order(slots: Mapping[str, Slot]) -> list[str]:
         names = [name for _, name in group]
         order += sorted(names, key=place.__getitem__, reverse=True) if compiled else names
     return order
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of cells as indented lines with their columns below each other."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return ["  " + line.rstrip() for line in lines]
 
 
 def listed(names: Iterable[str], most: int = 20) -> str:
