@@ -9,5 +9,5 @@ from setuptools import find_packages, setup
 setup(
     packages=[*find_packages(include=["retainops", "retainops.*"]), "retainops.kernels"],
     package_dir={"retainops.kernels": "kernels"},
-    package_data={"retainops": ["py.typed"]},
+    package_data={"retainops": ["py.typed", "*.pyi"]},
 )

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from retainops.kernels.tiles import lanes_inside, load, share_of_sum, store, store_share
+from retainops.kernels.tiles import lanes_inside, load, share_of_sum, store_grad, store_share, tile_number
 
 
 class Stats(NamedTuple):
@@ -34,6 +34,9 @@ class Retained(NamedTuple):
     strides: tuple
     accumulate: Any  # 1: add to what is there; None: overwrite
     stats: Stats
+    tiles: tuple = (None, None)  # as in Operand: a point that is broadcast on the way to the output is summed
+    number: Any = None
+    seed: Any = None
 
 
 @triton.jit
@@ -43,7 +46,7 @@ def retain(DC, dc, c, at, SHAPE, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     if DC.ptr is not None:
         if DC.accumulate is not None:
             dc += load(DC, at, SHAPE, dc.dtype, BLOCK_M, BLOCK_N)
-        store(DC, dc, at, SHAPE, BLOCK_M, BLOCK_N)
+        store_grad(DC, dc, at, SHAPE, BLOCK_M, BLOCK_N)
 
 
 @triton.jit
@@ -73,7 +76,7 @@ def take_stats(S, g, c, at, SHAPE, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr)
     if S.hist is not None:
         bins = tl.reshape(magnitude_bits(wide.to(tl.float32)) >> 23, (BLOCK_M * BLOCK_N,))
         counts = tl.histogram(bins, 256, mask=tl.reshape(ok, (BLOCK_M * BLOCK_N,)))
-        tl.store(S.hist + tl.program_id(0).to(tl.int64) * 256 + tl.arange(0, 256), counts)
+        tl.store(S.hist + tile_number(at, SHAPE, BLOCK_M, BLOCK_N) * 256 + tl.arange(0, 256), counts)
 
 
 @triton.jit

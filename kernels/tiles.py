@@ -1,6 +1,6 @@
 """Tiles: how a pointwise kernel walks tensors of any layout with one body.
 
-The host (retainops/ops/_tiles.py) merges the dims of all operands into as few as possible and hands each tensor
+The host (retainops/ops/_walk.py) merges the dims of all operands into as few as possible and hands each tensor
 over as an `Operand`. The last two merged dims are cut into tiles of (BLOCK_M, BLOCK_N), one a program; the dims
 before them are counted off by the program index. For dense tensors everything merges into a single dim, (1, n).
 
@@ -20,11 +20,18 @@ class Operand(NamedTuple):
 
     A gradient that is summed over broadcast dims is written as partial sums, one share a tile: its strides are None
     in the summed dims of the tile, and `tiles` says how far one tile's share is from the next one's.
+
+    Two inputs have no memory of their own. A Python number is passed by value. Random numbers are made where they are
+    used, from a seed and each element's place, which the strides give: the same ones in forward and in backward. Where
+    four neighbours in the last dim share a counter of the generator, `quads` is 1 and the strides are in counters.
     """
 
     ptr: Any
     strides: tuple  # one a dim of SHAPE, in elements; None: does not move in this dim
     tiles: tuple = (None, None)  # down and along the tiles, in elements; None: not summed in this direction
+    number: Any = None  # a Python number, in place of a tensor
+    seed: Any = None  # pointer to the int64 seed of uniform numbers, in place of a tensor
+    quads: Any = None  # 1: those numbers are made four at a time; None: one by one
 
 
 @triton.jit
@@ -32,12 +39,21 @@ def tile(SHAPE, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """This program's tile: (outer index, first row, first column, whether it lies inside SHAPE as a whole)."""
     # Rounded up without going above the size: SHAPE + BLOCK - 1 overflows int32 for sizes just below 2**31.
     tiles_n = (SHAPE[-1] - 1) // BLOCK_N + 1
-    tiles_m = (SHAPE[-2] - 1) // BLOCK_M + 1
     pid = tl.program_id(0)
+    tiles_m = (SHAPE[-2] - 1) // BLOCK_M + 1
     n = (pid % tiles_n).to(tl.int64) * BLOCK_N
     m = (pid // tiles_n % tiles_m).to(tl.int64) * BLOCK_M
     whole = (m + BLOCK_M <= SHAPE[-2]) & (n + BLOCK_N <= SHAPE[-1])
     return pid // tiles_n // tiles_m, m, n, whole
+
+
+@triton.jit
+def tile_number(at, SHAPE, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The number of a tile, counted along the last dim first."""
+    z, m, n, _whole = at
+    tiles_n = (SHAPE[-1] - 1) // BLOCK_N + 1
+    tiles_m = (SHAPE[-2] - 1) // BLOCK_M + 1
+    return (z.to(tl.int64) * tiles_m + m // BLOCK_M) * tiles_n + n // BLOCK_N
 
 
 @triton.jit
@@ -83,12 +99,52 @@ def load(X, at, SHAPE, DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.c
 
     A mask makes Triton split a 128-bit access unless the length divides by 16, so only ragged tiles have one.
     """
-    p = X.ptr + offsets(X, at, SHAPE, BLOCK_M, BLOCK_N)
-    if at[3]:
-        x = tl.load(p)
+    if X.number is not None:
+        return tl.full((1, 1), X.number, DTYPE)
+    elif X.seed is not None:
+        return uniform(X, at, SHAPE, BLOCK_M, BLOCK_N).to(DTYPE)
     else:
-        x = tl.load(p, mask=inside(X, at, SHAPE, BLOCK_M, BLOCK_N), other=0.0)
-    return x.to(DTYPE)
+        p = X.ptr + offsets(X, at, SHAPE, BLOCK_M, BLOCK_N)
+        if at[3]:
+            x = tl.load(p)
+        else:
+            x = tl.load(p, mask=inside(X, at, SHAPE, BLOCK_M, BLOCK_N), other=0.0)
+        return x.to(DTYPE)
+
+
+@triton.jit
+def load_each(X, COUNT: tl.constexpr, at, SHAPE, DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The parts of a tuple of COUNT operands."""
+    x = ()
+    for i in tl.static_range(COUNT):
+        x = x + (load(X[i], at, SHAPE, DTYPE, BLOCK_M, BLOCK_N),)
+    return x
+
+
+@triton.jit
+def uniform(X, at, SHAPE, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Uniform numbers in [0, 1), multiples of 2**-24: word `index % 4` of Philox4x32-10 at the counter `index // 4`.
+
+    Salmon, Moraes, Dror and Shaw 2011, "Parallel random numbers: as easy as 1, 2, 3".
+    """
+    if X.quads is not None:
+        z, m, n, whole = at
+        counter = offsets(X, (z, m, n >> 2, whole), SHAPE, BLOCK_M, BLOCK_N // 4)
+        r0, r1, r2, r3 = philox(X, counter)
+        r = tl.reshape(tl.join(tl.join(r0, r2), tl.join(r1, r3)), (counter.shape[0], BLOCK_N))
+    else:
+        index = offsets(X, at, SHAPE, BLOCK_M, BLOCK_N)
+        r0, r1, r2, r3 = philox(X, index >> 2)
+        word = index & 3
+        r = tl.where(word == 0, r0, tl.where(word == 1, r1, tl.where(word == 2, r2, r3)))
+    return (r >> 8).to(tl.float32) * (1.0 / 16777216.0)
+
+
+@triton.jit
+def philox(X, counter):
+    """The four words of each counter."""
+    none = tl.zeros_like(counter).to(tl.uint32)
+    return tl.philox(tl.load(X.seed), counter.to(tl.uint32), (counter >> 32).to(tl.uint32), none, none)
 
 
 @triton.jit

@@ -1,15 +1,29 @@
 """Fused Triton ops for PyTorch whose interior values can still be asked for their gradient."""
 
-from retainops import nn
+from retainops import nn, pointwise
 from retainops._version import __version__
 from retainops.buffers import Into
 from retainops.dispatch import backend, explain
+from retainops.fuse import fuse_pointwise
 from retainops.models import points, retain
-from retainops.ops import mul_sin
+from retainops.ops.chains import bias_dropout_add, mish, scale_shift, siren, softcap, squared_relu
+from retainops.ops.gated import geglu, glu, reglu, swiglu
 from retainops.points import point
+from retainops.pointwise import (
+    add_gelu,
+    add_relu,
+    add_silu,
+    mul_gelu,
+    mul_sigmoid,
+    mul_silu,
+    mul_sin,
+    mul_tanh,
+)
 from retainops.retained import Retained
 from retainops.slots import Slot
 from retainops.stats import Stats
+
+bias_gelu = add_gelu
 
 __all__ = [
     "Into",
@@ -17,13 +31,33 @@ __all__ = [
     "Slot",
     "Stats",
     "__version__",
+    "add_gelu",
+    "add_relu",
+    "add_silu",
     "backend",
+    "bias_dropout_add",
+    "bias_gelu",
     "explain",
+    "fuse_pointwise",
+    "geglu",
+    "glu",
+    "mish",
+    "mul_gelu",
+    "mul_sigmoid",
+    "mul_silu",
     "mul_sin",
+    "mul_tanh",
     "nn",
     "point",
     "points",
+    "pointwise",
+    "reglu",
     "retain",
+    "scale_shift",
+    "siren",
+    "softcap",
+    "squared_relu",
+    "swiglu",
 ]
 
 

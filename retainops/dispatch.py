@@ -103,10 +103,15 @@ def ambient() -> str | None:
 
 def plain(t: torch.Tensor) -> bool:
     """Whether a kernel can read this tensor's memory as it stands."""
+    return t.device.type in _kernel_devices and dense(t)
+
+
+def dense(t: torch.Tensor) -> bool:
+    """Whether this tensor, on any device, is its memory read by its strides, and nothing else."""
     return (
         (type(t) is torch.Tensor or type(t) is torch.nn.Parameter)
         and t.layout == torch.strided
-        and t.device.type in _kernel_devices
+        and not t.is_meta
         and not t.is_neg()
         and not t._is_zerotensor()
         and torch._C._has_storage(t)  # a batched tensor (is_grads_batched, vmap) has none
@@ -125,7 +130,7 @@ def why_reference(op: Op, inputs: tuple[Any, ...]) -> str | None:
         if isinstance(x, torch.Tensor):
             if not plain(x):
                 return _not_plain(x)
-        elif not isinstance(x, numbers.Number):
+        elif x is not None and not isinstance(x, (numbers.Number, str)):
             return f"an input is a {type(x).__name__}, which stands for a tensor"
     return op.refuses(*inputs)
 
@@ -140,7 +145,7 @@ def _not_plain(t: torch.Tensor) -> str:
     return "an input is a lazily negated view" if t.is_neg() else "an input is a batched tensor"
 
 
-def run(op: Op, inputs: tuple[Any, ...], retain: Retained | None) -> torch.Tensor:
+def run(op: Op, inputs: tuple[Any, ...], retain: Retained | None) -> Any:
     """Call an op: check the request, choose the path, take it."""
     slots = {} if retain is None else requested(op, inputs, retain)
     if torch.compiler.is_compiling():  # first, and alone: all that follows is nothing Dynamo can trace

@@ -33,7 +33,7 @@ class Op:
 
     Attributes:
         name: the public name, also the stem of its files.
-        call: the public function.
+        call: the public function; it returns a tensor, or a tuple of them.
         formula: what it computes, in one line.
         points: its interior values, in forward order.
         reference: `reference(*inputs, point)`: the definition, in plain PyTorch.
@@ -41,17 +41,19 @@ class Op:
         refuses: `refuses(*inputs)` says why the kernels cannot take these inputs, or None.
         sample: `sample(shape, dtype, device, generator)` makes inputs for tests and benchmarks.
         traffic: `traffic(*inputs)` is the fewest bytes that (forward, backward, each retained point) must move.
+        kind: "elementwise", or "row" if elements along the last dim depend on each other: what tests may assume of it.
     """
 
     name: str
-    call: Callable[..., torch.Tensor]
+    call: Callable[..., Any]
     formula: str
     points: tuple[PointInfo, ...]
-    reference: Callable[..., torch.Tensor]
-    launch: Callable[..., torch.Tensor]
+    reference: Callable[..., Any]
+    launch: Callable[..., Any]
     refuses: Callable[..., str | None]
     sample: Callable[..., tuple[Any, ...]]
     traffic: Callable[..., tuple[int, int, int]]
+    kind: str = "elementwise"
 
 
 _ops: dict[str, Op] = {}
@@ -72,9 +74,13 @@ def ops() -> Iterator[Op]:
 def find(op: Op | str | Callable[..., Any]) -> Op:
     """The record of an op given by name, by its public function, or by itself.
 
+    A function that is not in the registry may carry its record as its attribute `op`, as fused functions do.
+
     Raises:
         KeyError: there is none; the message lists what there is.
     """
+    if isinstance(own := getattr(op, "op", None), Op):
+        return own
     for record in _ops.values():
         if op is record or op == record.name or op is record.call:
             return record

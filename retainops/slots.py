@@ -203,11 +203,13 @@ class Slot:
         """Put a gradient that exists already where the caller wants it; what to return to autograd for the slot.
 
         `value` is the interior's value, for statistics that need it; `leaf` is the one that the graph was built with.
+        `grad` and `value` may be wider than the interior's dtype: what is kept is rounded to it last.
         """
+        dtype = grad.dtype if leaf is None else leaf.dtype
         self._note_arrival()
         if isinstance(self.want, Into):
             with self._lock, torch.no_grad():
-                answer = self.answer(op, grad.shape, grad.dtype, grad.device)
+                answer = self.answer(op, grad.shape, dtype, grad.device)
                 if answer.accumulate:
                     self.want.buffer.add_(grad)
                 else:
@@ -218,8 +220,8 @@ class Slot:
             with torch.no_grad():
                 found = parts_of(self.want.parts, self.want.over, grad.detach(), value)
                 self.merge(dict(zip(self.want.parts, found, strict=True)), leaf)
-            return grad if self.want.grad else None
-        return grad
+            return grad.to(dtype) if self.want.grad else None
+        return grad.to(dtype)
 
     def _deposit_from_graph(self, parts: dict[str, torch.Tensor]) -> None:
         """Take what a compiled graph answered."""

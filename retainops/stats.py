@@ -130,7 +130,7 @@ def parts_of(wanted: tuple[str, ...], over: str, g: torch.Tensor, value: torch.T
     dims = {"tensor": tuple(range(g.dim())), "rows": (-1,), "channels": tuple(range(g.dim() - 1))}[over]
 
     def add_up(x: torch.Tensor) -> torch.Tensor:
-        return x.sum(dims) if dims else x
+        return x.sum(dims) if dims else x.clone()  # the gradient itself is autograd's to add to
 
     def part(name: str) -> torch.Tensor:
         if name == "sumsq":

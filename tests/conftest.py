@@ -22,6 +22,12 @@ GPU = torch.cuda.is_available()
 KERNELS = "gpu" if GPU else "simulated"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--every-target", action="store_true", help="read the machine code of every op on every target: minutes more"
+    )
+
+
 @dataclass(frozen=True)
 class Path:
     """One of the ways a call can be computed: its name, and where its tensors are."""
@@ -41,9 +47,7 @@ def path(request: pytest.FixtureRequest) -> Iterator[Path]:
         if name == "simulated":
             if not HAS_TRITON:
                 pytest.skip("triton is not installed: there are no kernels to simulate")
-            from retainops.testing import simulated_gpu
-
-            stack.enter_context(simulated_gpu())
+            stack.enter_context(simulated(request))
         elif name == "reference":
             stack.enter_context(ro.backend("reference"))
         stack.enter_context(nan_filled_memory())
@@ -57,12 +61,21 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[Path]:
         if not GPU:
             if not HAS_TRITON:
                 pytest.skip("triton is not installed: there are no kernels to simulate")
-            from retainops.testing import simulated_gpu
-
-            stack.enter_context(simulated_gpu())
+            stack.enter_context(simulated(request))
         stack.enter_context(ro.backend("triton"))
         stack.enter_context(nan_filled_memory())
         yield Path(KERNELS, "cuda" if GPU else "cpu")
+
+
+def simulated(request: pytest.FixtureRequest) -> contextlib.AbstractContextManager[object]:
+    """A simulated GPU, whose compiler goes the whole way where the test's module says `COMPILES = True`.
+
+    Elsewhere it stops at Triton's own IR: several times faster, and what it makes of the rest is read by
+    tests/test_machine_code.py and tests/test_family_machine_code.py, not executed.
+    """
+    from retainops.testing import simulated_gpu
+
+    return simulated_gpu(compiles=getattr(request.module, "COMPILES", False))
 
 
 @contextlib.contextmanager

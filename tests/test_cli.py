@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import subprocess
 import sys
 
@@ -16,7 +17,7 @@ from retainops.cli import bench, sweep
 from retainops.cli.app import app
 from retainops.testing.check import check_layouts
 
-SMALL = ("--op", "mul_sin", "--dtype", "float32", "--shape", "5x7")
+SMALL = ("--op", "mul_sin", "--dtype", "float32", "--shape", "5x7", "--jobs", "1")
 
 
 def run(*args: str):
@@ -70,7 +71,7 @@ def test_check_of_a_right_op_on_every_path(monkeypatch):
 
 
 def test_check_with_a_row_for_each_layout(monkeypatch):
-    monkeypatch.setattr("retainops.cli.check.paths", _reference_only)
+    monkeypatch.setattr(sweep, "paths", _reference_only)
     result = run("check", *SMALL, "--layouts")
     assert result.exit_code == 0
     for layout in ("contiguous", "transposed", "row 0", "outer", "0 dims"):
@@ -82,7 +83,7 @@ def _reference_only():
 
 
 def _fault(monkeypatch, call):
-    monkeypatch.setattr("retainops.cli.check.paths", _reference_only)
+    monkeypatch.setattr(sweep, "paths", _reference_only)
     monkeypatch.setitem(registry._ops, "mul_sin", dataclasses.replace(registry.find("mul_sin"), call=call))
     return run("check", *SMALL)
 
@@ -121,21 +122,82 @@ def test_a_reference_that_raises_fails_the_check(monkeypatch):
     def reference(a, b, point):
         raise RuntimeError("no reference")
 
-    monkeypatch.setattr("retainops.cli.check.paths", _reference_only)
+    monkeypatch.setattr(sweep, "paths", _reference_only)
     monkeypatch.setitem(registry._ops, "mul_sin", dataclasses.replace(registry.find("mul_sin"), reference=reference))
     result = run("check", *SMALL)
     assert result.exit_code == 1
     assert "raised RuntimeError: no reference" in result.output
 
 
+def test_check_of_everything_is_a_line_for_each_op(monkeypatch):
+    """In one dtype, small and on the reference alone; `make check` does the rest."""
+    monkeypatch.setattr(sweep, "paths", _reference_only)
+    result = run("check", "--dtype", "float32", "--shape", "5x7", "--jobs", "1")
+    assert result.exit_code == 0, result.output
+    lines = {line.split()[0]: line.split()[1:] for line in result.output.splitlines() if line.strip()}
+    for op in registry.ops():
+        checks, kernels, reference, bitwise, verdict = lines[op.name]
+        assert int(checks) >= 1 + sweep.SPREAD
+        assert (kernels, bitwise, verdict) == ("-", "yes", "ok")
+        assert 0 < float(reference) <= 1
+
+
+def test_a_wrong_op_shows_in_its_line_and_in_full(monkeypatch):
+    monkeypatch.setattr(sweep, "paths", _reference_only)
+    wrong = dataclasses.replace(registry.find("add_exp"), call=lambda a, b, retain=None: a * 2)
+    monkeypatch.setattr(registry, "_ops", {"mul_sin": registry.find("mul_sin"), "add_exp": wrong})
+    result = run("check", "--dtype", "float32", "--shape", "5x7", "--jobs", "1")
+    assert result.exit_code == 1
+    lines = [line.split() for line in result.output.splitlines()]
+    assert next(line for line in lines if line[:1] == ["mul_sin"])[-1] == "ok"
+    assert next(line for line in lines if line[:1] == ["add_exp"])[-1] == "FAIL"
+    assert "add_exp, float32, contiguous, reference path: " in result.output
+    assert "is above the bar" in result.output
+
+
+def test_every_layout_is_tried_in_every_kind_of_op_and_in_some_op_of_each_row():
+    """One op of each kind in all layouts; the others share them out."""
+    every = list(registry.ops())
+    work = sweep.tasks(every, [torch.float32, torch.bfloat16], torch.Size((5, 7)), every_layout=False)
+    whole = {task.op for task in work if task.turn is None}
+    assert {"mul_sin", "softcap", "scale_shift", "mish", "bias_dropout_add", "swiglu", "swiglu_packed"} <= whole
+    assert len(whole) < len(every) / 2
+    assert {(t.op, t.dtype, t.path) for t in work} == {
+        (op.name, dtype, path.name)
+        for op in every
+        for dtype in (torch.float32, torch.bfloat16)
+        for path in sweep.paths()
+    }
+    turns = [task.turn for task in work if task.turn is not None and task.path == sweep.REFERENCE]
+    assert len(set(turns)) == len(turns)
+    assert all(task.turn is None for task in sweep.tasks(every, [torch.float32], torch.Size((5, 7)), every_layout=True))
+
+
+def test_check_in_several_processes():
+    result = run("check", "--op", "squared_relu", "--dtype", "float32", "--shape", "5x7", "--jobs", "2")
+    assert result.exit_code == 0, result.output
+    assert "squared_relu = relu(x)^2" in result.output
+    assert re.search(r"all \d+ checks are ok", result.output)
+
+
+def test_a_table_for_each_op_on_request(monkeypatch):
+    monkeypatch.setattr(sweep, "paths", _reference_only)
+    monkeypatch.setattr(registry, "_ops", {name: registry.find(name) for name in ("mul_sin", "add_exp")})
+    result = run("check", "--dtype", "float32", "--shape", "5x7", "--jobs", "1", "--verbose")
+    assert result.exit_code == 0, result.output
+    assert "mul_sin = sin(a * b)" in result.output
+    assert "add_exp = exp(a + b)" in result.output
+
+
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (("points", "mul_cos"), "'mul_cos' is not an op of retainops; there are: "),
-        (("check", "--op", "mul_cos"), "'mul_cos' is not an op of retainops; there are: "),
+        (("points", "mul_cosh"), "'mul_cosh' is not an op of retainops; there are: "),
+        (("check", "--op", "mul_cosh"), "'mul_cosh' is not an op of retainops; there are: "),
         (("check", "--dtype", "int8"), "--dtype int8: unknown dtype; expected one of float16, bfloat16"),
         (("check", "--shape", "5by7"), "--shape 5by7: expected positive sizes with x between them"),
         (("check", "--shape", "0x7"), "--shape 0x7: expected positive sizes"),
+        (("check", "--jobs", "-1"), "--jobs -1: expected a number of processes, or 0"),
     ],
 )
 def test_a_mistake_gets_one_line_and_status_2(args, said):
@@ -183,6 +245,6 @@ def test_without_the_extra_the_library_imports_and_the_command_line_says_what_to
 
 
 def test_the_module_runs():
-    done = subprocess.run([sys.executable, "-m", "retainops", "points", "mul_cos"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "retainops", "points", "mul_cosh"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
-    assert "'mul_cos' is not an op of retainops" in done.stderr
+    assert "'mul_cosh' is not an op of retainops" in done.stderr

@@ -2,7 +2,7 @@
 
 Blocks of one page share a namespace, in order. A ```text block right after a ```python block is what that one prints
 (`...` stands for anything). A block whose first line is a path, as `# kernels/mul_tanh.py`, is that file: later blocks
-import it under its name in the package.
+import it under its name in the package. One whose first line is `# added to` a path is run in that module.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import doctest
 import functools
+import importlib
 import importlib.util
 import io
 import re
@@ -22,12 +23,14 @@ import pytest
 import torch
 
 from retainops import registry
+from retainops.ops.pointwise import BINARY, FAMILY, UNARY
 from tests.conftest import HAS_TRITON
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NEEDS_TRITON = re.compile(
-    r"simulated_gpu|ro\.explain|retainops\.(kernels|testing\.ptx|testing\.driver)|static_report|predict\("
+    r"^# added to kernels/|simulated_gpu|ro\.explain|retainops\.(kernels|testing\.ptx|testing\.driver)"
+    r"|static_report|predict\("
 )
 
 PYTORCHS_TESTS = "test/test_autograd.py"  # named in docs/retain_grad.md; not ours
@@ -47,7 +50,15 @@ class Block:
     @property
     def module(self) -> str | None:
         """The module that the block is, if its first line is a path."""
-        path = re.match(r"# (?:retainops/)?([\w/]+)\.py\n", self.text)
+        return self._module_after("# ")
+
+    @property
+    def added_to(self) -> str | None:
+        """The module that the block adds to, if its first line says so."""
+        return self._module_after("# added to ")
+
+    def _module_after(self, start: str) -> str | None:
+        path = re.match(start + r"(?:retainops/)?([\w/]+)\.py\n", self.text)
         return path and "retainops." + path[1].replace("/", ".")
 
 
@@ -92,7 +103,8 @@ def run(found: list[Block], folder: Path) -> None:
             continue
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
-            exec(compile(file.read_text(), str(file), "exec"), namespace)
+            where = namespace if block.added_to is None else vars(importlib.import_module(block.added_to))
+            exec(compile(file.read_text(), str(file), "exec"), where)
         if block.prints is not None:
             flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
             if not doctest.OutputChecker().check_output(block.prints, printed.getvalue(), flags):
@@ -113,15 +125,20 @@ def load(name: str, file: Path) -> None:
 @pytest.fixture
 def scratch(tmp_path: Path) -> Iterator[Path]:
     """A folder for a page's files; afterwards the package is as it was."""
-    modules, ops = dict(sys.modules), dict(registry._ops)
+    modules = dict(sys.modules)
+    if HAS_TRITON:
+        importlib.import_module("retainops.kernels.unary")
+    kernels = [vars(module) for name, module in sys.modules.items() if name.startswith("retainops.kernels.")]
+    added_to = [(names, dict(names)) for names in (*kernels, registry._ops, BINARY, UNARY, FAMILY)]
     yield tmp_path
     for name in set(sys.modules) - set(modules):
         if name.startswith("retainops.") and str(tmp_path) in str(getattr(sys.modules[name], "__file__", "")):
             parent, _, stem = name.rpartition(".")
             delattr(sys.modules[parent], stem)
             del sys.modules[name]
-    registry._ops.clear()
-    registry._ops.update(ops)
+    for names, before in added_to:
+        names.clear()
+        names.update(before)
 
 
 # What torch.compile does itself: instantiate a Function, look at `.grad` of an input.
@@ -179,6 +196,24 @@ def test_make_targets_exist(page: Path) -> None:
             assert "=" in word or word in targets, f"make {word}: not in the Makefile"
 
 
+QUOTE = re.compile(r"\n\n((?:[^\n]+\n)*[^\n]*:)\n\n```text\n(.*?)```", re.DOTALL)
+
+
+def misquoted(markdown: str) -> list[str]:
+    """Lines of a `text` block that are in none of the source files that the sentence before it names."""
+    wrong = []
+    for sentence, quote in QUOTE.findall(markdown):
+        files = [ROOT / path for path in re.findall(r"`((?:kernels|retainops)/[\w/]+\.py)`", sentence)]
+        source = {line.strip() for file in files for line in file.read_text().splitlines()}
+        wrong += [line for line in quote.splitlines() if source and line.strip() not in source | {""}]
+    return wrong
+
+
+@over_pages
+def test_quotations_of_the_source_are_exact(page: Path) -> None:
+    assert not misquoted(page.read_text())
+
+
 # A figure is a number with a unit that somebody measured, or a model predicted.
 FIGURE = re.compile(r"(?<![\w.])\d[\d.,]*\s?(?:[TG]B/s|[mµu]s|ns|%|dB|TFLOPS|x(?=\W)|times (?:as|faster))")
 SOURCE = re.compile(r"\]\(bench/results/|predict", re.IGNORECASE)
@@ -194,12 +229,15 @@ def test_figures_in_the_readme_have_a_source() -> None:
     assert not unsourced((ROOT / "README.md").read_text())
 
 
-def test_every_op_has_a_page() -> None:
-    for op in registry.ops():
-        page = ROOT / "docs" / "ops" / f"{op.name}.md"
-        assert page.exists(), f"{page.relative_to(ROOT)} is missing"
-        for point in op.points:
-            assert f"{point.name} = {point.formula}" in page.read_text()
+@pytest.mark.parametrize("op", list(registry.ops()), ids=lambda op: op.name)
+def test_every_op_is_on_the_page_of_its_room(op: registry.Op) -> None:
+    """docs/ops/gated.md holds the ops of retainops/ops/gated.py, and so on."""
+    room = op.reference.__module__.rpartition(".")[2]
+    page = (ROOT / "docs" / "ops" / f"{room}.md").read_text()
+    assert f"`{op.name}`" in page
+    assert op.formula in page
+    for point in op.points:
+        assert f"{point.name} = {point.formula}" in page
 
 
 # The checks themselves, on pages that are wrong.
@@ -216,6 +254,12 @@ def test_code_that_fails_is_caught_at_its_line(scratch: Path) -> None:
     with pytest.raises(ZeroDivisionError) as caught:
         run(blocks("# Page\n\n```python\nx = 0\n1 / x\n```\n"), scratch)
     assert caught.traceback[-1].lineno + 1 == 5
+
+
+def test_a_misquotation_is_caught() -> None:
+    page = "# Page\n\nFrom `kernels/binary.py`:\n\n```text\ndef mul(a, b):\n    return a {} b\n```\n"
+    assert not misquoted(page.format("*"))
+    assert misquoted(page.format("@")) == ["    return a @ b"]
 
 
 @pytest.mark.parametrize("figure", ["3.9 TB/s", "12 µs", "20%", "1.2x", "3 times faster"])

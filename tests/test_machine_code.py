@@ -30,8 +30,9 @@ def without_points_bwd_kernel(
     dy = load(DY, at, SHAPE, DTYPE, BLOCK_M, BLOCK_N)
     c = a * b
     dc = dy * tl.cos(c)
-    store_grad(DA, dc * b, at, SHAPE, BLOCK_M, BLOCK_N)
-    store_grad(DB, dc * a, at, SHAPE, BLOCK_M, BLOCK_N)
+    da, db = dc * b, dc * a
+    store_grad(DA, da, at, SHAPE, BLOCK_M, BLOCK_N)
+    store_grad(DB, db, at, SHAPE, BLOCK_M, BLOCK_N)
 
 
 def backward_call(dtype: torch.dtype, n: int, retain: Callable[[], ro.Retained | None]) -> Callable[[], object]:

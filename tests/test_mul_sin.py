@@ -9,6 +9,8 @@ import retainops as ro
 from tests.conftest import GPU, Path, random_leaves
 from tests.oracle import assert_near
 
+COMPILES = False  # the whole way to machine code, as on a GPU
+
 BROADCASTS = {
     "row": ((300, 70), (70,)),
     "row of a ragged width": ((70, 1025), (1025,)),

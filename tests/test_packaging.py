@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 
 # The floors, from the ground. A module may import from its own floor and from those below.
 FLOORS = ["kernels", "_version", "stats", "parcel", "buffers", "slots", "retained", "registry", "points", "dispatch"]
-FLOORS += ["ops", "nn", "models", "testing", "integrations", "cli"]
+FLOORS += ["ops", "pointwise", "fuse", "nn", "models", "testing", "integrations", "cli"]
 
 
 def imports(file: Path) -> set[str]:
@@ -103,12 +103,13 @@ def test_plain_install(tmp_path: Path) -> None:
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
     done = subprocess.run([*pip, "--target", str(target), str(source)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert (target / "retainops/kernels/mul_sin.py").is_file()
+    assert (target / "retainops/kernels/pointwise.py").is_file()
+    assert (target / "retainops/pointwise.pyi").is_file()
     assert not (target / "retainops/kernels").is_symlink()
     assert not (target / "kernels").exists()
     code = f"""
 import sys; sys.path.insert(0, {str(target)!r})
-import retainops.kernels.mul_sin as k, retainops
+import retainops.kernels.pointwise as k, retainops
 print(retainops.__file__, k.__file__)
 """
     assert run(code, elsewhere).count(str(target)) == 2

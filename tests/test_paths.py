@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ import retainops as ro
 from retainops.points import unretained
 from retainops.registry import find
 from tests.conftest import GPU, Path, random_leaves
-from tests.oracle import OPS, assert_near, eager
+from tests.oracle import OPS, assert_near, clones, eager, is_float, leaves, sample
 
 over_ops = pytest.mark.parametrize("name", OPS)
 
@@ -26,17 +27,17 @@ def explained(name: str, *inputs) -> str:
 
 @over_ops
 def test_kernels_where_they_can(kernels: Path, name: str) -> None:
-    inputs = find(name).sample(torch.Size((3, 4)), torch.float32, kernels.device, torch.Generator())
+    inputs = sample(name, kernels.device, shape=(3, 4))
     with ro.backend("auto"):
         assert explained(name, *inputs).startswith(f"{name} takes the Triton kernels")
-        y = find(name).call(*(x.requires_grad_() for x in inputs))
+        y = find(name).call(*inputs)
     assert y.grad_fn.name() != eager(find(name), inputs)[0].grad_fn.name()
 
 
 @pytest.mark.skipif(GPU, reason="says what happens without a GPU")
 @over_ops
 def test_reference_on_the_cpu(name: str) -> None:
-    inputs = find(name).sample(torch.Size((3, 4)), torch.float32, "cpu", torch.Generator())
+    inputs = sample(name, "cpu", shape=(3, 4))
     assert explained(name, *inputs) == (
         f"{name} takes the reference path: an input is on cpu, and the kernels run on cuda."
     )
@@ -83,20 +84,19 @@ def test_subclasses_take_the_reference(kernels: Path) -> None:
         assert "Triton kernels" in explained("mul_sin", torch.nn.Parameter(torch.ones(3, device=kernels.device)), 2)
 
 
+def functions_of_the_first(name: str, device: str) -> tuple[Callable, Callable, torch.Tensor]:
+    """The op and its definition as functions of their first input, and that input."""
+    op = find(name)
+    x, *rest = sample(name, device, shape=(4,), requires_grad=False)
+    return lambda x: op.call(x, *rest), lambda x: op.reference(x, *rest, unretained), x
+
+
 @over_ops
 def test_torch_func(path: Path, name: str) -> None:
-    op, rand = find(name), random_leaves(path.device)
-    x, *rest = (rand(4, requires_grad=False) for _ in range(2))
-
-    def ours(x: torch.Tensor) -> torch.Tensor:
-        return op.call(x, *rest)
-
-    def theirs(x: torch.Tensor) -> torch.Tensor:
-        return op.reference(x, *rest, unretained)
-
+    ours, theirs, x = functions_of_the_first(name, path.device)
     for transform in (
         lambda f: torch.func.grad(lambda x: f(x).sum()),
-        lambda f: lambda x: torch.func.vjp(f, x)[1](x)[0],
+        lambda f: lambda x: torch.func.vjp(f, x)[1](f(x))[0],
         lambda f: lambda x: torch.func.jvp(f, (x,), (x,))[1],
         torch.func.jacrev,
         torch.func.jacfwd,
@@ -108,34 +108,33 @@ def test_torch_func(path: Path, name: str) -> None:
 
 @over_ops
 def test_forward_mode(path: Path, name: str) -> None:
-    op, rand = find(name), random_leaves(path.device)
-    x, other, t = (rand(4, requires_grad=False) for _ in range(3))
+    ours, theirs, x = functions_of_the_first(name, path.device)
     with forward_ad.dual_level():
-        dual = forward_ad.make_dual(x, t)
-        ours = forward_ad.unpack_dual(op.call(dual, other)).tangent
-        theirs = forward_ad.unpack_dual(op.reference(dual, other, unretained)).tangent
-    torch.testing.assert_close(ours, theirs)
+        dual = forward_ad.make_dual(x, x.flip(0))
+        torch.testing.assert_close(*(forward_ad.unpack_dual(f(dual)).tangent for f in (ours, theirs)))
 
 
 @over_ops
 def test_vectorised_jacobian(path: Path, name: str) -> None:
-    op, rand = find(name), random_leaves(path.device)
-    x, other = (rand(4, requires_grad=False) for _ in range(2))
-    ours = torch.autograd.functional.jacobian(lambda x: op.call(x, other), x, vectorize=True)
-    torch.testing.assert_close(ours, torch.func.jacrev(lambda x: op.reference(x, other, unretained))(x))
+    ours, theirs, x = functions_of_the_first(name, path.device)
+    jacobian = torch.autograd.functional.jacobian(ours, x, vectorize=True)
+    torch.testing.assert_close(jacobian, torch.func.jacrev(theirs)(x))
 
 
 @over_ops
 def test_meta_and_fake_tensors(path: Path, name: str) -> None:
     op = find(name)
-    a, b = torch.empty(3, 1, device="meta", requires_grad=True), torch.empty(5, device="meta", dtype=torch.float64)
-    y = op.call(a, b)
-    assert (y.device.type, y.shape, y.dtype) == ("meta", (3, 5), torch.float64)
+    inputs = sample(name, "meta", shape=(3, 5))
+    if is_float(inputs[-1]) and len(inputs) > 1:  # broadcast and promoted
+        inputs[-1] = inputs[-1][0].double()
+    y, want = op.call(*inputs), op.reference(*inputs, unretained)
+    assert (y.device.type, y.shape, y.dtype) == ("meta", (3, 5), want.dtype)
     with FakeTensorMode():
-        a, b = (torch.empty(3, 5, device=path.device, requires_grad=True) for _ in range(2))
-        y = op.call(a, b)
+        inputs = sample(name, path.device, shape=(3, 5))
+        y = op.call(*inputs)
         y.sum().backward()
-        assert y.shape == a.grad.shape == (3, 5)
+        assert y.shape == (3, 5)
+        assert [x.grad.shape for x in leaves(inputs)] == [x.shape for x in leaves(inputs)]
         assert y.device.type == path.device
 
 
@@ -143,24 +142,25 @@ def test_meta_and_fake_tensors(path: Path, name: str) -> None:
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiled_fullgraph(path: Path, name: str, dynamic: bool) -> None:
     torch._dynamo.reset()
-    op, rand = find(name), random_leaves(path.device)
+    op = find(name)
 
     @torch.compile(fullgraph=True, dynamic=dynamic)
-    def step(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        return op.call(a * 2, b) + 1
+    def step(x: torch.Tensor, *rest: object) -> torch.Tensor:
+        return op.call(x * 2, *rest) + 1
 
     for n in (5, 9):
-        a, b = rand(3, n), rand(n)
+        ours = sample(name, path.device, shape=(3, n))
+        ours = [x.detach()[0].requires_grad_() if i == 1 and is_float(x) else x for i, x in enumerate(ours)]
+        theirs = clones(ours)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what Inductor says of the compiler it finds is not ours
-            y = step(a, b)
+            y = step(*ours)
             y.sum().backward()
-        a2, b2 = (x.detach().clone().requires_grad_() for x in (a, b))
-        want = eager(op, (a2 * 2, b2))[0] + 1
+        want = eager(op, [theirs[0] * 2, *theirs[1:]])[0] + 1
         want.sum().backward()
         assert_near(y, want, 4)
-        assert_near(a.grad, a2.grad, 4)
-        assert_near(b.grad, b2.grad, 4)
+        for x, t in zip(leaves(ours), leaves(theirs), strict=True):
+            assert_near(x.grad, t.grad, 4)
 
 
 def test_backend_is_a_scope_of_its_own_thread(path: Path) -> None:

@@ -246,7 +246,7 @@ def test_the_kernel_writes_where_the_caller_reads() -> None:
         def execute(launch, pointers=pointers) -> None:
             operands = dict(zip(launch.fn.arg_names, launch.args, strict=True))
             if "DC" in operands:
-                pointers.append(operands["DC"].ptr.data_ptr())
+                pointers.append(operands["DC"][0].ptr.data_ptr())
 
         with simulated_gpu(engine=execute):
             ro.mul_sin(a, b, retain=kept).sum().backward()

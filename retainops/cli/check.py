@@ -8,13 +8,14 @@ import torch
 import typer
 from rich import box
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
 from retainops import registry
+from retainops.cli import sweep
 from retainops.cli.messages import fail, found_op
-from retainops.cli.sweep import KERNELS, REFERENCE, Outcome, Path, paths, sweep
+from retainops.cli.sweep import KERNELS, REFERENCE, Outcome
 from retainops.testing.check import Row
 
 DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
@@ -26,13 +27,23 @@ def check(
     op: Annotated[list[str] | None, typer.Option(help="Only this op; may be repeated.", metavar="NAME")] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="Only this dtype; may be repeated.", metavar="NAME")] = None,
     shape: Annotated[str, typer.Option(help="Shape of the inputs.", metavar="ROWSxCOLUMNS")] = "37x53",
-    layouts: Annotated[bool, typer.Option("--layouts", help="A row for each layout, not the worst of them.")] = False,
+    every_layout: Annotated[
+        bool, typer.Option("--every-layout", help="Check every op in every layout, as with --op.")
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="A table for each op, with errors by dtype, as with --op.")
+    ] = False,
+    layouts: Annotated[
+        bool, typer.Option("--layouts", help="In these tables, a row for each layout, not the worst of them.")
+    ] = False,
+    jobs: Annotated[int, typer.Option(help="Processes at once; 0: as many as cores.", metavar="N")] = 0,
 ) -> None:
     """Check every op on this machine: its output, its gradients and its retained gradients, in many layouts.
 
     Each is compared with a float64 oracle and must be as near to it as eager PyTorch is; retaining must not change a
     bit of anything else. The kernels run on the GPU or, where there is none, on a simulated one; the reference path
-    is checked too. The exit status is 1 if anything fails. `retainops.testing.check_op` does this for ops of yours.
+    is checked too. One op of each kind is checked in every layout, the others in some of them, or with --op in all.
+    The exit status is 1 if anything fails. `retainops.testing.check_op` does this for ops of yours.
 
     Example: retainops check --op mul_sin --dtype bfloat16 --layouts
     """
@@ -41,15 +52,23 @@ def check(
     for name in names:
         if name not in DTYPES:
             fail(f"--dtype {name}: unknown dtype; expected one of {', '.join(DTYPES)}")
-    size = _size(shape)
+    if jobs < 0:
+        fail(f"--jobs {jobs}: expected a number of processes, or 0 for as many as cores")
+    work = sweep.tasks(ops, [DTYPES[name] for name in names], _size(shape), every_layout or bool(op))
     console = Console()
-    ways = paths()
-    console.print(Text("\n".join(way.description for way in ways)))
-    outcomes = _run(console, ops, names, size, ways)
-    over = "" if layouts else ", the largest over all layouts"
-    console.print(f"max |x - oracle|{over}; oracle: eager in float64")
-    for one in ops:
-        console.print(_table(one, [o for o in outcomes if o.op == one.name], layouts))
+    console.print(Text("\n".join(way.description for way in sweep.paths())))
+    outcomes = _run(console, work, jobs or sweep.cores())
+    if op or verbose or layouts:
+        over = "" if layouts else ", the largest over all layouts"
+        console.print(f"max |x - oracle|{over}; oracle: eager in float64")
+        for one in ops:
+            console.print(_table(one, [o for o in outcomes if o.op == one.name], layouts))
+    else:
+        console.print(_summary(ops, outcomes))
+    _conclude(console, outcomes)
+
+
+def _conclude(console: Console, outcomes: list[Outcome]) -> None:
     failed = [o for o in outcomes if not o.ok]
     for outcome in failed[:SHOWN]:
         console.print(Text(f"\n{outcome}", style="red"), soft_wrap=True)
@@ -68,21 +87,47 @@ def _size(shape: str) -> torch.Size:
     return size
 
 
-def _run(
-    console: Console, ops: list[registry.Op], dtypes: list[str], size: torch.Size, ways: list[Path]
-) -> list[Outcome]:
-    columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
-    outcomes: list[Outcome] = []
+def _run(console: Console, work: list[sweep.Task], jobs: int) -> list[Outcome]:
+    """The outcomes of all tasks, in the order of the tables."""
+    columns = (TextColumn("checking"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    found: list[Outcome] = []
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("checking", total=len(ops) * len(dtypes) * len(ways))
-        for way in ways:
-            with way.entered():
-                for op in ops:
-                    for name in dtypes:
-                        progress.update(task, description=f"{op.name} {name}, {way.name}")
-                        outcomes += sweep(op, DTYPES[name], size, way)
-                        progress.advance(task)
-    return outcomes
+        bar = progress.add_task("checking", total=len(work))
+        for outcomes in sweep.outcomes(work, jobs):
+            found += outcomes
+            progress.advance(bar)
+    return sorted(found, key=lambda o: (o.path, list(DTYPES).index(o.dtype)))
+
+
+def _summary(ops: list[registry.Op], outcomes: list[Outcome]) -> Table:
+    """One line for each op."""
+    title = "largest error, as a share of what it may be: eager's, and one unit in the last place"
+    table = Table(title=title, title_justify="left", title_style="", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("op", no_wrap=True)
+    for name in ("checks", KERNELS, REFERENCE):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name in ("bitwise", "verdict"):
+        table.add_column(name, no_wrap=True)
+    for op in ops:
+        own = [o for o in outcomes if o.op == op.name]
+        shares = [_share([o for o in own if o.path == path]) for path in (KERNELS, REFERENCE)]
+        bad = sum(not o.ok for o in own)
+        table.add_row(op.name, str(len(own)), *shares, _bitwise(own), _verdict(bad, len(own)))
+    return table
+
+
+def _share(outcomes: list[Outcome]) -> str:
+    shares = [row.error / row.bar for o in outcomes if o.report for row in o.report.rows if row.bar]
+    return f"{max(shares):.2f}" if shares else "-"
+
+
+def _bitwise(outcomes: list[Outcome]) -> Text:
+    same = all(o.report.bitwise for o in outcomes if o.report)
+    return Text("yes") if same else Text("no", style="red")
+
+
+def _verdict(bad: int, of: int) -> Text:
+    return Text(f"{bad} of {of} FAIL", style="red") if bad else Text("ok", style="green")
 
 
 def _table(op: registry.Op, outcomes: list[Outcome], layouts: bool) -> Table:
@@ -118,11 +163,10 @@ def _cells(members: list[tuple[Outcome, Row | None]]) -> list[Text]:
         return Text(f"{max(errors):.1e}" if errors else "-")
 
     of_path = [[row.error for o, row in members if row and o.path == path] for path in (KERNELS, REFERENCE)]
-    bitwise = all(o.report.bitwise for o, _ in members if o.report)
     bad = sum(row is None or not row.ok or not o.sound for o, row in members)
     return [
         most([row.eager_error for _, row in members if row]),
         *map(most, of_path),
-        Text("yes") if bitwise else Text("no", style="red"),
-        Text(f"{bad} of {len(members)} FAIL", style="red") if bad else Text("ok", style="green"),
+        _bitwise([o for o, _ in members]),
+        _verdict(bad, len(members)),
     ]

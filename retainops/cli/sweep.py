@@ -1,20 +1,25 @@
-"""The checks behind `retainops check`: an op in a dtype, in every layout, down one path."""
+"""The checks behind `retainops check`: ops in dtypes and layouts, down each path, in several processes."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from retainops import dispatch
+from retainops import dispatch, registry
 from retainops.points import unretained
 from retainops.registry import Op
 from retainops.testing.check import Report, check_layouts, check_op
 
 KERNELS, REFERENCE = "kernels", "reference"
+SPREAD = 2
+"""How many layouts besides contiguous an op is checked in whose like is checked in all."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +51,8 @@ def paths() -> list[Path]:
         return [Path(KERNELS, f"kernels: on {name}", device, lambda: dispatch.backend("auto")), reference]
     from retainops.testing.simulated import simulated_gpu
 
-    name = "a simulated GPU (sm_90, in Triton's interpreter): no real one here"
-    return [Path(KERNELS, f"kernels: on {name}", device, simulated_gpu), reference]
+    name = "a simulated GPU (Triton's interpreter): no real one here"
+    return [Path(KERNELS, f"kernels: on {name}", device, lambda: simulated_gpu(compiles=False)), reference]
 
 
 @dataclass(frozen=True)
@@ -76,23 +81,97 @@ class Outcome:
         return f"{self.op}, {self.dtype}, {self.layout}, {self.path} path: {what}"
 
 
-def sweep(op: Op, dtype: torch.dtype, size: torch.Size, path: Path) -> Iterator[Outcome]:
-    """Check an op in a dtype in every layout that eager PyTorch takes, down a path that has been entered.
+@dataclass(frozen=True)
+class Task:
+    """What one process does in one go: an op in a dtype down a path, in all layouts or some of them.
+
+    Attributes:
+        op, dtype, path: by name.
+        size: what the op's sample inputs are made for.
+        turn: which layouts, if not all: other ones for each number.
+    """
+
+    op: str
+    dtype: torch.dtype
+    path: str
+    size: torch.Size
+    turn: int | None = None
+
+
+def tasks(ops: Sequence[Op], dtypes: Sequence[torch.dtype], size: torch.Size, every_layout: bool) -> list[Task]:
+    """What there is to do: all layouts for one op of each kind, or for every op; a spread of them for the others."""
+    every = {op.name for op in ops} if every_layout else _one_of_each_kind(ops)
+    found = [
+        Task(op.name, dtype, path.name, size, None if op.name in every else i * len(dtypes) + j)
+        for path in paths()
+        for i, op in enumerate(ops)
+        for j, dtype in enumerate(dtypes)
+    ]
+    return sorted(found, key=lambda task: task.turn is not None)  # the long ones first
+
+
+def _one_of_each_kind(ops: Sequence[Op]) -> set[str]:
+    """The first op of each kind: of so many inputs of these types, and points of these shapes."""
+    first: dict[Any, str] = {}
+    for op in ops:
+        inputs = op.sample(torch.Size((2, 2)), torch.float32, "cpu", torch.Generator())
+        kind = op.kind, tuple(map(type, inputs)), tuple(p.shape for p in op.points)
+        first.setdefault(kind, op.name)
+    return set(first.values())
+
+
+def outcomes(work: Sequence[Task], jobs: int) -> Iterator[list[Outcome]]:
+    """Do the tasks, the results of each as they come: in this process, or in so many others."""
+    if jobs == 1 or len(work) == 1:
+        yield from map(run, work)
+        return
+    # Not forked: PyTorch has threads of its own by now, and a CUDA context may not be inherited.
+    spawned = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(jobs, len(work)), spawned, torch.set_num_threads, (1,)) as pool:
+        for done in as_completed([pool.submit(run, task) for task in work]):
+            yield done.result()
+
+
+def cores() -> int:
+    """How many processes this machine can run at once."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def run(task: Task) -> list[Outcome]:
+    """Do a task."""
+    path = next(path for path in paths() if path.name == task.path)
+    with path.entered():
+        return list(sweep(registry.find(task.op), task.dtype, task.size, path, task.turn))
+
+
+def sweep(op: Op, dtype: torch.dtype, size: torch.Size, path: Path, turn: int | None = None) -> Iterator[Outcome]:
+    """Check an op in a dtype in the layouts that eager PyTorch takes, down a path that has been entered.
 
     Args:
         op: the op.
         dtype: of its inputs.
         size: what its sample inputs are made for.
         path: the path; a call that its kernels refuse is left to the reference path's turn.
+        turn: None: all layouts; otherwise contiguous and `SPREAD` others, other ones for each number.
     """
-    generator = torch.Generator().manual_seed(0)
-    inputs = op.sample(size, dtype, path.device, generator)
-    for layout, laid_out in check_layouts(*inputs).items():
-        if path.name == KERNELS and dispatch.why_reference(op, laid_out) is not None:
-            continue
-        if layout != "contiguous" and not _eager_takes(op, laid_out):
-            continue
-        yield _outcome(op, dtype, path, layout, laid_out)
+    inputs = _inputs(op, dtype, size, path.device)
+    layouts = {name: x for name, x in check_layouts(*inputs).items() if name == "contiguous" or _eager_takes(op, x)}
+    chosen = list(layouts)
+    if turn is not None:
+        others = chosen[1:]
+        chosen = ["contiguous", *(others[(turn * SPREAD + i) % len(others)] for i in range(min(SPREAD, len(others))))]
+    for layout in chosen:
+        if path.name != KERNELS or dispatch.why_reference(op, layouts[layout]) is None:
+            yield _outcome(op, dtype, path, layout, layouts[layout])
+
+
+def _inputs(op: Op, dtype: torch.dtype, size: torch.Size, device: str) -> tuple[Any, ...]:
+    """Sample inputs, twice as wide where that is what the op takes: a packed tensor has two halves."""
+    given, wider = (
+        op.sample(shape, dtype, device, torch.Generator().manual_seed(0))
+        for shape in (size, torch.Size((*size[:-1], 2 * size[-1])))
+    )
+    return wider if not _eager_takes(op, given) and _eager_takes(op, wider) else given
 
 
 def _eager_takes(op: Op, inputs: tuple[Any, ...]) -> bool:

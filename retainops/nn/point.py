@@ -14,11 +14,14 @@ from retainops.retained import Retained
 
 
 class HoldsPoints(nn.Module):
-    """A module around one op of retainops, whose points `ro.retain(model, ...)` can ask for.
+    """A module around an op of retainops, whose points `ro.retain(model, ...)` can ask for.
 
-    A subclass says which op, and calls it by `call`, which hands over what is asked for at the moment. Requests are
-    a plain attribute, a tuple: torch.compile guards on it, so asking compiles once more and ceasing to ask is back to
-    the graph from before. Copies and pickles of the module carry none.
+    A subclass says which op, and calls it by `call`, which hands over what is asked for at the moment. One that chooses
+    between ops lists the points of them all in `point_infos` and says which one it calls; a value that is a point in
+    one op and an input of another goes through `point`.
+
+    Requests are a plain attribute, a tuple: torch.compile guards on it, so asking compiles once more and ceasing to ask
+    is back to the graph from before. Copies and pickles of the module carry none.
 
     Attributes:
         op: the record of the op, as `retainops.registry.find("mul_sin")` gives it.
@@ -40,14 +43,30 @@ class HoldsPoints(nn.Module):
         """Its points, in forward order; `ro.retain` calls them by the module's path, a dot, and their name."""
         return self.op.points
 
-    def call(self, *inputs: Any) -> torch.Tensor:
-        """The op of these inputs, with the points that are asked for. Without grad nothing is kept, and no error."""
-        requests = self._requests
-        if not requests or not gradients_reach(*inputs):
-            return self.op.call(*inputs)
+    def call(self, *inputs: Any, op: Op | None = None) -> torch.Tensor:
+        """The op of these inputs, with the points that are asked for. Without grad nothing is kept, and no error.
+
+        Args:
+            *inputs: as the op's reference takes them.
+            op: another op than the class's.
+        """
+        op = self.op if op is None else op
+        if not self._requests or not gradients_reach(*inputs):
+            return op.call(*inputs)
+        requests = [r for r in [_of_op(op, request) for request in self._requests] if r is not None]
+        if not requests:
+            return op.call(*inputs)
         if len(requests) == 1:
-            return self.op.call(*inputs, retain=requests[0])
-        return call_with_several(self.op, inputs, requests)
+            return op.call(*inputs, retain=requests[0])
+        return call_with_several(op, inputs, requests)
+
+    def point(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        """A value that is in memory anyway, as a point: its gradient goes to whoever asks for it."""
+        for request in self._requests:
+            slot = request.get(name)
+            if slot is not None and gradients_reach(value):
+                value = tap(type(self).__name__, slot, value)
+        return value
 
     def __getstate__(self) -> dict[str, Any]:
         # A request belongs to the `with` that made it, which knows nothing of copies.
@@ -77,13 +96,18 @@ class Point(HoldsPoints):
         return (PointInfo(self.POINT, "x", "of its input"),)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for request in self._requests:
-            slot = request[self.POINT]
-            if not isinstance(x, torch.Tensor):
-                raise TypeError(f"Point '{slot.name}': the input is {type(x).__name__}; expected a torch.Tensor")
-            if gradients_reach(x):
-                x = tap("Point", slot, x)
-        return x
+        if self._requests and not isinstance(x, torch.Tensor):
+            name = self._requests[0][self.POINT].name
+            raise TypeError(f"Point '{name}': the input is {type(x).__name__}; expected a torch.Tensor")
+        return self.point(self.POINT, x)
+
+
+def _of_op(op: Op, request: Retained) -> Retained | None:
+    """The part of a request that is for an op's points."""
+    mine = {p.name: request[p.name] for p in op.points if p.name in request}
+    if len(mine) == len(request):
+        return request
+    return Retained.of(mine) if mine else None
 
 
 def gradients_reach(*inputs: Any) -> bool:

@@ -1,5 +1,5 @@
-"""The ops, each in a room of its own. Importing this registers them."""
+"""The ops, each family in a room of its own. Importing this registers them."""
 
-from retainops.ops.mul_sin import mul_sin
+from retainops.ops import chains, gated, pointwise
 
-__all__ = ["mul_sin"]
+__all__ = ["chains", "gated", "pointwise"]

@@ -39,6 +39,18 @@ def check_elementwise(op: str, **inputs: Any) -> None:
             raise RuntimeError(f"{op}: {where}; expected all on one device: move them with .to(device)")
 
 
+def check_tensor(op: str, **inputs: Any) -> None:
+    """Inputs in whose place a Python number will not do.
+
+    Raises:
+        TypeError: one is not a tensor.
+    """
+    for name, x in inputs.items():
+        # As above: a stand-in for a tensor will do, and while compiling nothing is checked.
+        if not (isinstance(x, torch.Tensor) or hasattr(type(x), "__torch_function__") or torch.compiler.is_compiling()):
+            raise TypeError(f"{op}: {name} is {type(x).__name__}; expected a torch.Tensor")
+
+
 def _is_cpu_scalar(t: torch.Tensor) -> bool:
     return t.dim() == 0 and t.device.type == "cpu"
 
@@ -64,3 +76,39 @@ def refuses_dtypes(*inputs: Any) -> str | None:
             return "an input is a complex number"
     devices = {x.device for x in inputs if isinstance(x, torch.Tensor)}
     return f"the inputs are on {' and '.join(map(str, devices))}" if len(devices) > 1 else None
+
+
+def check_norm(op: str, x: Any, eps: Any, offset: Any = 0.0, **others: Any) -> None:
+    """Inputs of a norm over the last dim of x: weight and bias of its size, a residual of its shape.
+
+    Raises:
+        TypeError: an input is not a tensor (or None, of `others`), eps or offset is not a number, or x is of an
+            integer dtype.
+        ValueError: eps is not above 0.
+        RuntimeError: x has no last dim or nothing in it, or a shape or device that does not go with x's.
+    """
+    if torch.compiler.is_compiling():
+        return
+    tensors = {"x": x, **{name: t for name, t in others.items() if t is not None}}
+    for name, t in tensors.items():
+        if hasattr(type(t), "__torch_function__") and not isinstance(t, torch.Tensor):
+            return  # a stand-in for a tensor, as above
+        if not isinstance(t, torch.Tensor):
+            raise TypeError(f"{op}: {name} is {type(t).__name__}; expected a torch.Tensor")
+    for name, number in (("eps", eps), ("offset", offset)):
+        if not isinstance(number, numbers.Real):
+            raise TypeError(f"{op}: {name} is {type(number).__name__}; expected a number, such as 1e-6")
+    if not float(eps) > 0:
+        raise ValueError(f"{op}: eps is {eps}; expected a number above 0, such as 1e-6")
+    if not (x.is_floating_point() or x.is_complex()):
+        raise TypeError(f"{op}: x is {x.dtype}; expected a floating-point dtype: convert it with .to(torch.float32)")
+    if not x.dim() or not x.shape[-1]:
+        raise RuntimeError(f"{op}: x has shape {tuple(x.shape)}; expected (..., n) with n above 0: there is no row")
+    for name, t in tensors.items():
+        expected = x.shape if name in ("x", "residual") else x.shape[-1:]
+        if t.shape != expected:
+            raise RuntimeError(
+                f"{op}: {name} has shape {tuple(t.shape)}; expected {tuple(expected)}, since x has {tuple(x.shape)}"
+            )
+        if t.device != x.device:
+            raise RuntimeError(f"{op}: {name} is on {t.device} and x on {x.device}; move one of them with .to(device)")

@@ -12,7 +12,10 @@ from retainops.dispatch import backend
 from retainops.retained import Retained
 
 Quantities = dict[str, "torch.Tensor | None"]
-"""What a run computes, by name: "y", then "d" and the name of each input, then of each point."""
+"""What a run computes, by name: "y" (several: "y0", "y1"), then "d" and the name of each input, then of each point."""
+
+Dys = tuple[torch.Tensor, ...]
+"""The gradient of each output."""
 
 
 class Terms(NamedTuple):
@@ -62,8 +65,8 @@ class Call:
             self.reference(*self.inputs, point)
         return tuple(seen)
 
-    def eager(self, dy: torch.Tensor | None, retain: Sequence[str]) -> Quantities:
-        """Run the definition in eager PyTorch, with `retain_grad()` at these points; no backward if `dy` is None."""
+    def eager(self, dys: Dys | None, retain: Sequence[str]) -> Quantities:
+        """Run the definition in eager PyTorch, with `retain_grad()` at these points; no backward if `dys` is None."""
         interiors: dict[str, torch.Tensor] = {}
 
         def point(name: str, value: torch.Tensor) -> torch.Tensor:
@@ -74,23 +77,24 @@ class Call:
 
         leaves = self._leaves()
         with backend("reference"), torch.enable_grad():
-            y = self.reference(*leaves, point)
-            if dy is not None:
-                y.backward(dy)
-        return self._quantities(y, leaves, {p: x.grad for p, x in interiors.items()})
+            outputs = several(self.reference(*leaves, point))
+            if dys is not None:
+                torch.autograd.backward(*_differentiable(outputs, dys))
+        return self._quantities(outputs, leaves, {p: x.grad for p, x in interiors.items()})
 
-    def fused(self, op: Callable[..., Any], dy: torch.Tensor, retain: Sequence[str]) -> Quantities:
+    def fused(self, op: Callable[..., Any], dys: Dys, retain: Sequence[str]) -> Quantities:
         """Run the op itself, with these points retained."""
         leaves = self._leaves()
         kept = Retained(*retain) if retain else {}
         with torch.enable_grad():
-            y = op(*leaves, retain=kept) if kept else op(*leaves)
-            if not isinstance(y, torch.Tensor):
-                raise TypeError(f"check_op: {name_of(op)} returned {type(y).__name__}; expected a tensor")
-            y.backward(dy)
-        return self._quantities(y, leaves, {p: slot.grad for p, slot in kept.items()})
+            outputs = several(op(*leaves, retain=kept) if kept else op(*leaves))
+            for y in outputs:
+                if not isinstance(y, torch.Tensor):
+                    raise TypeError(f"check_op: {name_of(op)} returned {type(y).__name__}; expected a tensor")
+            torch.autograd.backward(*_differentiable(outputs, dys))
+        return self._quantities(outputs, leaves, {p: slot.grad for p, slot in kept.items()})
 
-    def terms(self, dy: torch.Tensor, retain: Sequence[str]) -> dict[str, Terms]:
+    def terms(self, dys: Dys, retain: Sequence[str]) -> dict[str, Terms]:
         """For each gradient that is a sum over broadcast dims, what it sums, in float64.
 
         The definition is run with those inputs and points expanded to the output's shape, where autograd stops short
@@ -99,25 +103,25 @@ class Call:
         wide: dict[str, tuple[torch.Tensor, torch.Size]] = {}
 
         def widened(name: str, x: Any) -> Any:
-            if not (isinstance(x, torch.Tensor) and x.requires_grad and x.numel() < dy.numel()):
+            if not (isinstance(x, torch.Tensor) and x.requires_grad and x.numel() < shape.numel()):
                 return x
-            whole = x.expand(dy.shape)
+            whole = x.expand(shape)
             whole.retain_grad()
             wide[name] = whole, x.shape
             return whole
 
-        double = self.in_dtype(torch.float64)
+        double, shape = self.in_dtype(torch.float64), max((dy.shape for dy in dys), key=torch.Size.numel)
         try:
             with backend("reference"), torch.enable_grad():
                 leaves = [widened(f"d{n}", x) for n, x in zip(self.names, double._leaves(), strict=True)]
-                y = self.reference(*leaves, lambda n, x: widened(self.label(n), x) if n in retain else x)
-                y.backward(dy.double())
+                outputs = several(self.reference(*leaves, lambda n, x: widened(self.label(n), x) if n in retain else x))
+                torch.autograd.backward(*_differentiable(outputs, tuple(dy.double() for dy in dys)))
         except RuntimeError:
             return {}
         return {
-            name: Terms(dy.numel() // shape.numel(), whole.grad.abs().sum_to_size(shape))
-            for name, (whole, shape) in wide.items()
-            if whole.grad is not None and shape.numel()
+            name: Terms(shape.numel() // small.numel(), whole.grad.abs().sum_to_size(small))
+            for name, (whole, small) in wide.items()
+            if whole.grad is not None and small.numel()
         }
 
     def _leaves(self) -> list[Any]:
@@ -125,9 +129,20 @@ class Call:
         detached = [x.detach() if isinstance(x, torch.Tensor) else x for x in self.inputs]
         return [x.requires_grad_() if need else x for x, need in zip(detached, self.needed, strict=True)]
 
-    def _quantities(self, y: torch.Tensor, leaves: Sequence[Any], of_points: Quantities) -> Quantities:
+    def _quantities(self, outputs: Dys, leaves: Sequence[Any], of_points: Quantities) -> Quantities:
+        ys = {f"y{i}" if len(outputs) > 1 else "y": y.detach() for i, y in enumerate(outputs)}
         grads = {f"d{n}": x.grad for n, x, need in zip(self.names, leaves, self.needed, strict=True) if need}
-        return {"y": y.detach(), **grads, **{self.label(p): grad for p, grad in of_points.items()}}
+        return {**ys, **grads, **{self.label(p): grad for p, grad in of_points.items()}}
+
+
+def several(outputs: Any) -> tuple[Any, ...]:
+    """The outputs of a call that returns one or a tuple of them."""
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def _differentiable(outputs: Dys, dys: Dys) -> tuple[Dys, Dys]:
+    pairs = [(y, dy) for y, dy in zip(outputs, dys, strict=True) if y.requires_grad]
+    return tuple(y for y, _ in pairs), tuple(dy for _, dy in pairs)
 
 
 def _argument_names(reference: Callable[..., Any], count: int) -> list[str]:

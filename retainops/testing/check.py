@@ -9,7 +9,7 @@ import torch
 
 from retainops import registry
 from retainops.testing._errors import bar, eager_errors, error, misplaced, same_bits
-from retainops.testing._runs import Call, Quantities, Terms, name_of
+from retainops.testing._runs import Call, Dys, Quantities, Terms, name_of, several
 from retainops.testing.layouts import check_layouts
 from retainops.testing.report import Report, Row
 
@@ -23,7 +23,7 @@ def check_op(
     op: Callable[..., Any] | str,
     *inputs: Any,
     retain: Sequence[str] | None = None,
-    dy: torch.Tensor | None = None,
+    dy: torch.Tensor | Dys | None = None,
     reference: Callable[..., torch.Tensor] | None = None,
 ) -> Report:
     """Compare an op with its definition run by eager PyTorch, at the inputs given.
@@ -49,9 +49,11 @@ def check_op(
 
     How eager's error is measured. With few elements, or one sum over many, it too is a matter of luck; so it is the
     largest of 4 measurements, at the inputs and at copies moved by up to four units in the last place. In float64,
-    eager is its own oracle: there its error is that of the same expression in float32, scaled by the ratio of the two
-    dtypes' eps (the same roundings in the same places), and it counts twice, since one rounded result is compared
-    with another.
+    eager is its own oracle. There its error is the larger of two estimates: that of the same expression in float32,
+    scaled by the ratio of the two dtypes' eps (the same roundings in the same places); and what it does to the result
+    to round each operation inside it more coarsely, scaled likewise (where a function saturates, as in 1 - tanh^2,
+    what cancels does so further out, the smaller eps is). It counts twice, since one rounded result is compared with
+    another.
 
     What it cannot see: an error in elements far smaller than the largest one. Give it inputs of like magnitudes.
 
@@ -61,7 +63,8 @@ def check_op(
             differentiated; otherwise all floating-point tensors are.
         retain: names of the points to check; default: all that the reference has. With `()` the op is called without
             `retain=`, so a function that knows nothing of points can be checked too.
-        dy: the gradient of the output, in any layout; default: random numbers, the same ones each time.
+        dy: the gradient of the output, in any layout; of several, a tuple of them; default: random numbers, the same
+            ones each time.
         reference: for a function of yours, its definition in plain PyTorch, `reference(*inputs, point)`, in which
             `c = point("c", a * b)` names an interior value. It must compute in the dtype of its inputs, or wider.
 
@@ -70,7 +73,8 @@ def check_op(
 
     Raises:
         KeyError: `op` is not an op of retainops and there is no `reference=`.
-        TypeError: no input is a floating-point tensor, or the op returned something else than a tensor.
+        TypeError: no input is a floating-point tensor, or the op returned something else than a tensor or a tuple
+            of them.
         ValueError: `retain` names a point that the reference does not have, or `dy` is not of the output's shape.
         Exception: whatever eager PyTorch raises at these inputs.
 
@@ -90,17 +94,18 @@ def check_op(
     if not any(call.needed):
         raise TypeError(f"check_op: no input of {name} is a floating-point tensor; there is no gradient to check")
     retain = _chosen(name, call.points(), retain)
-    dy = _checked_dy(call.eager(None, ())["y"], dy)
+    outputs = [y for name, y in call.eager(None, ()).items() if name.startswith("y")]
+    dys = _checked_dys([y for y in outputs if y is not None], dy)
 
-    given = [x for x in (*inputs, dy) if isinstance(x, torch.Tensor)]
+    given = [x for x in (*inputs, *dys) if isinstance(x, torch.Tensor)]
     before = [x.detach().clone() for x in given]
-    run = call.fused(op, dy, retain)
-    differing = _differing_bits(call, op, dy, retain, run)
+    run = call.fused(op, dys, retain)
+    differing = _differing_bits(call, op, dys, retain, run)
     intact = all(same_bits(x, was) for x, was in zip(given, before, strict=True))
     return Report(
         op=name,
         inputs=", ".join(_described(n, x) for n, x in zip(call.names, inputs, strict=True)),
-        rows=tuple(_rows(call, dy, retain, run)),
+        rows=tuple(_rows(call, dys, retain, run)),
         bitwise=not differing,
         problems=tuple(differing) if intact else (*differing, "an input or dy was written to"),
     )
@@ -113,18 +118,20 @@ def _chosen(name: str, points: tuple[str, ...], retain: Sequence[str] | None) ->
     return points if retain is None else tuple(p for p in points if p in retain)
 
 
-def _checked_dy(y: torch.Tensor | None, dy: torch.Tensor | None) -> torch.Tensor:
-    assert y is not None
+def _checked_dys(outputs: Sequence[torch.Tensor], dy: torch.Tensor | Dys | None) -> Dys:
     if dy is None:
         generator = torch.Generator().manual_seed(SEED)
-        return torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.device, y.dtype)
-    if dy.shape != y.shape:
-        raise ValueError(f"check_op: dy has shape {tuple(dy.shape)}; expected the output's, {tuple(y.shape)}")
-    return dy
+        drawn = (torch.randn(y.shape, generator=generator, dtype=torch.float64) for y in outputs)
+        return tuple(d.to(y.device, y.dtype) for d, y in zip(drawn, outputs, strict=True))
+    dys = several(dy)
+    if [d.shape for d in dys] != [y.shape for y in outputs]:
+        given, expected = (" and ".join(str(tuple(t.shape)) for t in ts) for ts in (dys, outputs))
+        raise ValueError(f"check_op: dy has shape {given}; expected the output's, {expected}")
+    return dys
 
 
 def _differing_bits(
-    call: Call, op: Callable[..., Any], dy: torch.Tensor, retain: tuple[str, ...], run: Quantities
+    call: Call, op: Callable[..., Any], dys: Dys, retain: tuple[str, ...], run: Quantities
 ) -> list[str]:
     """What differs in its bits between runs that must be equal, in words."""
     others = {"in a second run": retain}
@@ -134,17 +141,17 @@ def _differing_bits(
         others["without retention"] = ()
     problems = []
     for when, points in others.items():
-        other = call.fused(op, dy, points)
+        other = call.fused(op, dys, points)
         if differ := [name for name, x in other.items() if not same_bits(run[name], x)]:
             problems.append(f"other bits {when}: {', '.join(differ)}")
     return problems
 
 
-def _rows(call: Call, dy: torch.Tensor, retain: tuple[str, ...], run: Quantities) -> list[Row]:
-    eager = call.eager(dy, retain)
-    oracle = call.in_dtype(torch.float64).eager(dy.double(), retain)
-    errors, terms = eager_errors(call, dy, retain, eager), call.terms(dy, retain)
-    kinds = {"y": "output", **{call.label(p): "point" for p in retain}}
+def _rows(call: Call, dys: Dys, retain: tuple[str, ...], run: Quantities) -> list[Row]:
+    eager = call.eager(dys, retain)
+    oracle = call.in_dtype(torch.float64).eager(tuple(dy.double() for dy in dys), retain)
+    errors, terms = eager_errors(call, dys, retain, eager), call.terms(dys, retain)
+    kinds = {**{name: "output" for name in run if name.startswith("y")}, **{call.label(p): "point" for p in retain}}
     return [
         _row(name, kinds.get(name, "input"), x, eager[name], errors[name], oracle[name], terms.get(name))
         for name, x in run.items()

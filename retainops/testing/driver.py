@@ -21,6 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
 from retainops import dispatch
+from retainops.testing.frontend import compiling
 
 TARGETS = {
     **{f"sm_{n}": GPUTarget("cuda", n, 32) for n in (80, 86, 89, 90, 100, 120)},
@@ -39,8 +40,8 @@ class Launch:
 
     @property
     def name(self) -> str:
-        """The kernel's name."""
-        return self.fn.__name__
+        """The kernel's name, as a profiler would show it."""
+        return self.kernel.metadata.name
 
 
 Execute = Callable[[Launch], object]  # what it returns is ignored
@@ -67,22 +68,25 @@ class _Properties:
 class SimulatedDriver(DriverBase):
     """Answers Triton's questions about the device, and hands every launch to `execute`."""
 
-    def __init__(self, target: GPUTarget, execute: Execute, launches: list[Launch]) -> None:
+    def __init__(self, target: GPUTarget, execute: Execute, launches: list[Launch], compiles: bool) -> None:
         super().__init__()
-        self.target, self.execute, self.launches = target, execute, launches
+        self.target, self.execute, self.launches, self.compiles = target, execute, launches, compiles
         self.utils = _Properties()
 
     def launcher_cls(self, src: Any, metadata: Any) -> Callable[..., None]:
         def launch(gx, gy, gz, stream, function, packed, launch_metadata, on_enter, on_exit, *args):
             kernels = (k for cache in src.fn.device_caches.values() for k in cache[0].values())
             kernel = next(k for k in kernels if k.src is src)
-            one = Launch(src.fn, (gx, gy, gz), args, kernel)
             # Triton keeps a launcher with the compiled kernel: run the launch under the driver of the moment.
-            active = triton.runtime.driver.active
-            active.execute(one)
-            active.launches.append(replace(one, args=()))  # a record that held tensors would keep them alive
+            triton.runtime.driver.active.launched(src.fn, (gx, gy, gz), args, kernel)
 
         return launch
+
+    def launched(self, fn: triton.JITFunction, grid: tuple[int, int, int], args: tuple[Any, ...], kernel: Any) -> None:
+        """Execute a launch and record it."""
+        launch = Launch(fn, grid, args, kernel)
+        self.execute(launch)
+        self.launches.append(replace(launch, args=()))  # a record that held tensors would keep them alive
 
     @classmethod
     def is_active(cls) -> bool:
@@ -99,7 +103,7 @@ class SimulatedDriver(DriverBase):
 
     def get_current_device(self) -> int:
         # Triton caches compiled kernels by this number: one no real device has keeps the caches apart.
-        return 1000 + list(TARGETS.values()).index(self.target)
+        return (1000 if self.compiles else 2000) + list(TARGETS.values()).index(self.target)
 
     def set_current_device(self, device: int) -> None:
         pass
@@ -135,13 +139,14 @@ _one_at_a_time = threading.RLock()  # Triton has one active driver in a process
 
 
 @contextlib.contextmanager
-def driver(target: str = "sm_90", execute: Execute | None = None) -> Iterator[list[Launch]]:
+def driver(target: str = "sm_90", execute: Execute | None = None, *, compiles: bool = True) -> Iterator[list[Launch]]:
     """Inside the `with`, CPU tensors take the kernels' path and every launch goes to `execute`.
 
     Args:
         target: the architecture to compile for, one of `TARGETS` ("sm_80", ..., "sm_120", "gfx942").
         execute: called with each `Launch`, in order; None records and executes nothing, so that what the
             kernels would have written keeps whatever it held.
+        compiles: False: translate kernels to Triton's IR and no further (a `Launch` has no machine code then).
 
     Yields:
         The list of launches so far, which grows; their `args` are dropped once executed.
@@ -157,9 +162,9 @@ def driver(target: str = "sm_90", execute: Execute | None = None) -> Iterator[li
     config = triton.runtime.driver
     before = config._active  # reading `.active` would ask for a real driver, which may not exist
     launches: list[Launch] = []
-    config.set_active(SimulatedDriver(TARGETS[target], execute or (lambda launch: None), launches))
+    config.set_active(SimulatedDriver(TARGETS[target], execute or (lambda launch: None), launches, compiles))
     try:
-        with dispatch.kernels_on("cpu"), _fusion_said_aloud():
+        with dispatch.kernels_on("cpu"), _fusion_said_aloud(), compiling(compiles):
             yield launches
     finally:
         config.set_active(before)

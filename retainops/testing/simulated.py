@@ -20,6 +20,7 @@ def simulated_gpu(
     engine: str | Execute = "interpreter",
     check: bool = True,
     programs: Programs = None,
+    compiles: bool = True,
 ) -> Iterator[list[Launch]]:
     """Inside the `with`, kernels run on CPU tensors: launched and compiled for real, executed here.
 
@@ -40,13 +41,16 @@ def simulated_gpu(
         programs: of the interpreter: execute only these. A predicate `(index, total) -> bool` on the linear index (the
             grid's first dim runs fastest), or the indices; a negative one counts from the end, one that a
             launch's grid does not have is left out. None: all.
+        compiles: False: kernels are translated to Triton's IR, which finds what is wrong with them as programs, and
+            not compiled any further: their first launches are several times faster. Not for the engine "ptx".
 
     Yields:
         The launches so far, a list which grows.
 
     Raises:
         KernelFault: (from a launch) a check found a fault; the message names kernel, argument, element and program.
-        ValueError: an unknown target or engine, or `programs` with another engine than the interpreter.
+        ValueError: an unknown target or engine, `programs` with another engine than the interpreter, or
+            the engine "ptx" and nothing compiled.
         RuntimeError: entered from another thread while one is active there.
 
     Example:
@@ -55,7 +59,9 @@ def simulated_gpu(
         >>> launches[0].name
         'mul_sin_fwd_kernel'
     """
-    with driver(target, _execute(engine, check, programs)) as launches:
+    if engine == "ptx" and not compiles:
+        raise ValueError('simulated_gpu: compiles=False with engine="ptx", which executes what the compiler makes')
+    with driver(target, _execute(engine, check, programs), compiles=compiles) as launches:
         yield launches
 
 

@@ -196,6 +196,7 @@ def _nvidia(launch: Launch, target: str) -> KernelReport:
     )
 
 
+@functools.lru_cache(maxsize=256)
 def assemble(kernel: Any) -> tuple[bytes, str]:
     """The cubin of a compiled kernel and what ptxas said of it: Triton's own command once more, its log shown."""
     metadata = kernel.metadata._asdict()

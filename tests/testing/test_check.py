@@ -194,6 +194,39 @@ def test_a_finite_value_where_eager_has_nan_is_reported():
     assert "1 elements are NaN, infinite or finite where eager's are not" in problems(report)["y"]
 
 
+def saturating(x, point):
+    """Its derivative is 1 - tanh(x)^2 as PyTorch computes it, of which nothing is right for large x."""
+    return 1e6 * torch.nn.functional.gelu(point("c", x * 1.0), approximate="tanh")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_right_op_passes_where_a_derivative_cancels(dtype):
+    """In float64 that happens further out than in float32, by whose error float64's could be judged else."""
+
+    def op(x):
+        z = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+        return 1e6 * 0.5 * x * (1 + torch.tanh(z))
+
+    x = torch.linspace(-8, 8, 999, dtype=torch.float64).to(dtype)
+    if dtype in (torch.float32, torch.float64):
+        report = check_op(op, x, retain=(), reference=saturating)
+        assert report.ok, report
+    assert check_op(lambda x: saturating(x, lambda _, c: c), x, retain=(), reference=saturating).ok
+    report = check_op(lambda x: op(x.detach()) + x * 1e-3, x, retain=(), reference=saturating)
+    assert "is above the bar" in problems(report)["dx"]
+
+
+@pytest.mark.parametrize("ulps", [8, -8])
+def test_a_few_units_in_the_last_place_are_seen_in_float64(ulps):
+    def op(a, b):
+        return torch.sin(a * b) * (1 + ulps * torch.finfo(torch.float64).eps)
+
+    assert (
+        "is above the bar"
+        in problems(check_op(op, *inputs(torch.float64), retain=(), reference=mul_sin_reference))["y"]
+    )
+
+
 def test_only_inputs_that_require_grad_are_differentiated():
     a, b = inputs()
     report = check_op(ro.mul_sin, a, b.requires_grad_())
@@ -210,7 +243,7 @@ def test_an_expanded_dy_and_numbers_are_taken():
 @pytest.mark.parametrize(
     ("call", "error", "said"),
     [
-        (lambda a, b: check_op("mul_cos", a, b), KeyError, "is not an op of retainops"),
+        (lambda a, b: check_op("mul_cosh", a, b), KeyError, "is not an op of retainops"),
         (lambda a, b: check_op(ro.mul_sin, a, b, retain=("d",)), ValueError, "has no point 'd'; it has: c"),
         (lambda a, b: check_op(ro.mul_sin, a, b, dy=b), ValueError, "expected the output's, (19, 33)"),
         (lambda a, b: check_op(ro.mul_sin, a.long(), b.long()), TypeError, "no input of mul_sin is a floating-point"),

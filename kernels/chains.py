@@ -1,0 +1,77 @@
+"""Chains that models use, each as its maths. The derivations are docs/ops/chains.md."""
+
+import triton
+import triton.language as tl
+
+from retainops.kernels.unary import divide, relu, softplus, softplus_grad, tanh
+
+
+@triton.jit
+def softcap_forward(x, cap):
+    """cap * tanh(x / cap)."""
+    return cap * tanh(divide(x, cap))
+
+
+@triton.jit
+def softcap_backward(x, cap, dy):
+    c = divide(x, cap)
+    t = tanh(c)
+    dc = dy * cap * (1.0 - t * t)
+    dcap = dy * t - dc * divide(c, cap)
+    return (divide(dc, cap), dcap), (c,), (dc,)
+
+
+@triton.jit
+def scale_shift_forward(x, scale, shift):
+    """x * (1 + scale) + shift."""
+    return x * (1.0 + scale) + shift
+
+
+@triton.jit
+def scale_shift_backward(x, scale, shift, dy):
+    factor = 1.0 + scale
+    return (dy * factor, dy * x, dy), (x * factor,), (dy,)
+
+
+@triton.jit
+def squared_relu_forward(x):
+    """relu(x)^2."""
+    r = relu(x)
+    return r * r
+
+
+@triton.jit
+def squared_relu_backward(x, dy):
+    r = relu(x)
+    dr = dy * (2.0 * r)
+    return (tl.where(x <= 0.0, 0.0, dr),), (r,), (dr,)
+
+
+@triton.jit
+def mish_forward(x):
+    """x * tanh(softplus(x))."""
+    return x * tanh(softplus(x))
+
+
+@triton.jit
+def mish_backward(x, dy):
+    s = softplus(x)
+    t = tanh(s)
+    dt = dy * x
+    ds = dt * (1.0 - t * t)
+    return (dy * t + softplus_grad(x, ds),), (s, t), (ds, dt)
+
+
+@triton.jit
+def bias_dropout_add_forward(x, bias, residual, p, scale, u):
+    """residual + dropout(x + bias): what is kept is multiplied by scale = 1 / (1 - p)."""
+    return residual + tl.where(u >= p, (x + bias) * scale, 0.0)
+
+
+@triton.jit
+def bias_dropout_add_backward(x, bias, residual, p, scale, u, dy):
+    biased = x + bias
+    keep = u >= p
+    dbiased = tl.where(keep, dy * scale, 0.0)
+    dropped = tl.where(keep, biased * scale, 0.0)
+    return (dbiased, dbiased, dy), (biased, dropped), (dbiased, dy)

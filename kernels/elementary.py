@@ -1,0 +1,111 @@
+"""More elementary functions, for the kernels that `retainops.fuse_pointwise` writes.
+
+As in kernels/unary.py: the formulas of eager PyTorch, so infinite or NaN where eager is, and as accurate.
+"""
+
+import triton
+import triton.language as tl
+from triton.language.extra import libdevice
+
+from retainops.kernels.unary import reciprocal
+
+
+@triton.jit
+def sqrt(x):
+    if x.dtype == tl.float32:
+        return tl.sqrt_rn(x)
+    else:
+        return tl.sqrt(x)
+
+
+@triton.jit
+def rsqrt(x):
+    return reciprocal(sqrt(x))
+
+
+@triton.jit
+def log(x):
+    return libdevice.log(x)
+
+
+@triton.jit
+def log1p(x):
+    return libdevice.log1p(x)
+
+
+@triton.jit
+def expm1(x):
+    return libdevice.expm1(x)
+
+
+@triton.jit
+def erf(x):
+    return libdevice.erf(x)
+
+
+@triton.jit
+def sign(x):
+    """1, 0 or -1; 0 for nan."""
+    return tl.where(x > 0.0, 1.0, tl.where(x < 0.0, -1.0, tl.zeros_like(x)))
+
+
+@triton.jit
+def maximum(x, y):
+    """The larger one; nan if one is nan."""
+    return tl.where((x > y) | (x != x), x, y)
+
+
+@triton.jit
+def maximum_grad(x, y, dz):
+    """The gradient of x: of equal ones each has half."""
+    return tl.where(x < y, 0.0, tl.where(x == y, 0.5 * dz, dz))
+
+
+@triton.jit
+def minimum(x, y):
+    """The smaller one; nan if one is nan."""
+    return tl.where((x < y) | (x != x), x, y)
+
+
+@triton.jit
+def minimum_grad(x, y, dz):
+    """The gradient of x: of equal ones each has half."""
+    return tl.where(x > y, 0.0, tl.where(x == y, 0.5 * dz, dz))
+
+
+@triton.jit
+def power(x, EXPONENT: tl.constexpr):
+    """x to a constant exponent, by the shortcuts that PyTorch takes."""
+    if EXPONENT == 0.0:
+        return tl.full((1, 1), 1.0, x.dtype)
+    elif EXPONENT == 1.0:
+        return x
+    elif EXPONENT == 2.0:
+        return x * x
+    elif EXPONENT == 3.0:
+        return x * x * x
+    elif EXPONENT == 0.5:
+        return sqrt(x)
+    elif EXPONENT == -0.5:
+        return rsqrt(x)
+    elif EXPONENT == -1.0:
+        return reciprocal(x)
+    elif EXPONENT == -2.0:
+        return reciprocal(x * x)
+    else:
+        return libdevice.pow(x, tl.full((1, 1), EXPONENT, x.dtype))
+
+
+@triton.jit
+def power_grad(x, EXPONENT: tl.constexpr, dy):
+    if EXPONENT == 0.0:
+        return tl.full((1, 1), 0.0, x.dtype)
+    else:
+        return dy * (EXPONENT * power(x, EXPONENT - 1.0))
+
+
+@triton.jit
+def lerp(start, end, weight):
+    """start + weight * (end - start), from whichever end is nearer."""
+    span = end - start
+    return tl.where((weight < 0.5) & (weight > -0.5), start + weight * span, end - span * (1.0 - weight))

@@ -1,0 +1,165 @@
+"""A traced function as an op: its reference, its kernels and its record, which is in no registry."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.fx import Node
+
+from retainops.fuse import cache
+from retainops.fuse.codegen import Generated
+from retainops.fuse.reference import reference_of
+from retainops.fuse.trace import Traced
+from retainops.ops import _fused
+from retainops.ops._check import KERNEL_DTYPES, refuses_dtypes
+from retainops.ops._plan import plan
+from retainops.ops._pointwise import Pointwise
+from retainops.points import no_grad
+from retainops.registry import Op, PointInfo
+from retainops.slots import Slot
+
+if TYPE_CHECKING:
+    from retainops.ops._operands import Grad
+
+
+class OnKernels(Pointwise):
+    """A generated pair of kernels: they take the inputs that the output depends on."""
+
+    def __init__(self, traced: Traced, generated: Generated) -> None:
+        super().__init__(
+            lambda: _kernels(generated),
+            grads=len(generated.graded),
+            unread=[i for i in range(len(traced.parameters)) if i not in generated.read],
+        )
+        self._generated = generated
+
+    def operands(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
+        return tuple(inputs[i] for i in self._generated.inputs)
+
+    def gradients(self, inputs: Sequence[Any], shape: torch.Size, needed: Sequence[bool]) -> tuple[Grad, ...]:
+        from retainops.ops._operands import Grad
+
+        return tuple(Grad(inputs[i], shape, needed[i]) for i in self._generated.graded)
+
+    def returned(self, grads: Sequence[Grad], inputs: Sequence[Any]) -> list[torch.Tensor | None]:
+        found = dict(zip(self._generated.graded, grads, strict=True))
+        return [found[i].finish() if i in found else None for i in range(len(inputs))]
+
+    def forward_kernel(self, inputs: int) -> tuple[Any, dict[str, Any]]:
+        return self.maths()[0], {}
+
+    def backward_kernel(self, inputs: int, grads: int, points: int) -> tuple[Any, dict[str, Any]]:
+        return self.maths()[1], {}
+
+
+def _kernels(generated: Generated) -> tuple[Any, Any]:
+    module = cache.load(generated.name, generated.source)
+    return getattr(module, f"{generated.name}_fwd_kernel"), getattr(module, f"{generated.name}_bwd_kernel")
+
+
+def record(call: Callable[..., torch.Tensor], traced: Traced, generated: Generated) -> Op:
+    """The op of a traced function."""
+    reference = reference_of(traced)
+    on_kernels = OnKernels(traced, generated)
+    sources = {name: _sources(traced, node) for name, node in traced.names.items()}
+
+    def launch(inputs: tuple[Any, ...], slots: Mapping[str, Slot]) -> Any:
+        for name in slots:
+            if not any(isinstance(inputs[i], torch.Tensor) and inputs[i].requires_grad for i in sources[name]):
+                raise no_grad(op.name, name)
+        # What has no gradient must not make the output require one.
+        own = (x.detach() if _is_idle(x, i, generated) else x for i, x in enumerate(inputs))
+        return _fused.launch(op, on_kernels, tuple(own), slots)
+
+    def traffic(*inputs: Any) -> tuple[int, int, int]:
+        layout = plan(reference, inputs)
+        sizes = [x.numel() * x.element_size() if isinstance(x, torch.Tensor) else 0 for x in inputs]
+        (y,) = (out.shape.numel() * out.dtype.itemsize for out in layout.outputs)
+        read, written = (sum(sizes[i] for i in places) for places in (generated.read, generated.graded))
+        point = max((shape.numel() * dtype.itemsize for shape, dtype in layout.points.values()), default=0)
+        return sum(sizes[i] for i in generated.inputs) + y, read + y + written, point
+
+    op = Op(
+        name=traced.name,
+        call=call,
+        formula=generated.formulas[""],
+        points=tuple(
+            PointInfo(name, generated.formulas[name], _shape(traced, node)) for name, node in traced.names.items()
+        ),
+        reference=reference,
+        launch=launch,
+        refuses=lambda *inputs: _refuses(traced, generated, reference, inputs),
+        sample=lambda *where: tuple(_sample(traced, i, *where) for i in range(len(traced.parameters))),
+        traffic=traffic,
+    )
+    return op
+
+
+def _is_idle(x: Any, place: int, generated: Generated) -> bool:
+    return isinstance(x, torch.Tensor) and x.requires_grad and place not in generated.graded
+
+
+def _sources(traced: Traced, node: Node, differentiably: bool = True) -> list[int]:
+    """Places of the parameters that a node depends on."""
+    needed = {node}
+    for other in reversed(traced.steps):
+        if other in needed:
+            step = other.meta["step"]
+            pairs = zip(step.operands, step.grads, strict=True)
+            needed.update(x for x, grad in pairs if isinstance(x, Node) and (grad is not None or not differentiably))
+    return [i for i, source in enumerate(traced.inputs) if source in needed]
+
+
+def _shape(traced: Traced, node: Node) -> str:
+    """The shape of a node, in words."""
+    *names, last = (traced.parameters[i].name for i in _sources(traced, node, differentiably=False))
+    return f"broadcast of {', '.join(names)} and {last}" if names else f"of {last}"
+
+
+def _refuses(
+    traced: Traced, generated: Generated, reference: Callable[..., torch.Tensor], inputs: tuple[Any, ...]
+) -> str | None:
+    nodes = traced.inputs
+    conditions = [inputs[i] for i in generated.inputs if nodes[i] in traced.conditions]
+    values = [inputs[i] for i in generated.inputs if nodes[i] not in traced.conditions]
+    for x in conditions:
+        if not isinstance(x, torch.Tensor) or x.dtype != torch.bool:
+            return f"a condition is {getattr(x, 'dtype', type(x).__name__)}, and the kernels take torch.bool"
+    if why := refuses_dtypes(*values):
+        return why
+    devices = {x.device for x in (*values, *conditions) if isinstance(x, torch.Tensor)}
+    if len(devices) > 1:
+        return f"the inputs are on {' and '.join(map(str, devices))}"
+    return _refuses_float64(traced, reference, inputs) if any(_dtype(x) == torch.float64 for x in values) else None
+
+
+def _refuses_float64(traced: Traced, reference: Callable[..., torch.Tensor], inputs: tuple[Any, ...]) -> str | None:
+    """Interiors are held in the dtype of the result: float64 ones must not be less than that, nor others more."""
+    if plan(reference, inputs).outputs[0].dtype != torch.float64:
+        return "an input is float64 and the result is not, and the kernels hold interiors in one dtype"
+    floats = {node for node, x in zip(traced.inputs, inputs, strict=True) if _dtype(x) in KERNEL_DTYPES}
+    for node in traced.steps:
+        operands = [x for x in node.meta["step"].operands if isinstance(x, Node)]
+        if node in traced.conditions:
+            continue
+        if floats.intersection(operands):
+            floats.add(node)
+        elif traced.conditions.intersection(operands):
+            return "a value made of conditions and numbers has PyTorch's default dtype, and the result is float64"
+    return None
+
+
+def _dtype(x: Any) -> torch.dtype | None:
+    return x.dtype if isinstance(x, torch.Tensor) else None
+
+
+def _sample(
+    traced: Traced, i: int, shape: torch.Size, dtype: torch.dtype, device: str, generator: torch.Generator
+) -> Any:
+    default = traced.parameters[i].default
+    if default is not traced.parameters[i].empty:
+        return default
+    x = torch.randn(shape, generator=generator, dtype=torch.float64).to(device)
+    return x > 0 if traced.inputs[i] in traced.conditions else x.to(dtype)

@@ -1,0 +1,112 @@
+"""What a traced function is given for its arguments: values that record each operation on them as a step."""
+
+from __future__ import annotations
+
+import os
+import sys
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import fx
+from torch.fx.proxy import GraphAppendingTracer
+
+from retainops.fuse.rules import ROWS, Refused, row_of, step_of
+
+_LIBRARIES = (f"{Path(torch.__file__).parent}{os.sep}", f"{Path(__file__).parents[1]}{os.sep}", "<retainops")
+
+
+class Tracer(GraphAppendingTracer):
+    """Records steps; what is not one is an error that names it, and the line that asked for it.
+
+    Of each node, `meta` has the `step`, the `name` of the operation, and in words `what` it is and where.
+    """
+
+    def __init__(self, graph: fx.Graph, name: str) -> None:
+        super().__init__(graph)
+        self.name = name
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return Value(node, self)
+
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, torch.Tensor):
+            self.refuse("a tensor that is not a parameter", "make it a parameter")
+        return super().create_arg(a)
+
+    def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any) -> fx.Node:
+        if kind == "placeholder":
+            return super().create_node(kind, target, args, kwargs, *rest)
+        what, row = _spelled(kind, target, args), row_of(kind, target)
+        if row is None:
+            in_place = kind == "call_method" and target.endswith("_") and not target.endswith("__")
+            self.refuse(f"{what}{', an in-place operation,' if in_place else ''}")
+        try:
+            step = step_of(row, args, kwargs)
+        except Refused as e:
+            self.refuse(f"this use of {what}", str(e))
+        node = super().create_node(kind, target, args, kwargs, *rest)
+        node.meta.update(step=step, name=row.names[0], what=f"{what} ({_where()})")
+        return node
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        self.refuse("control flow by the value of a tensor (if, while, and, or, not, assert)", "use torch.where")
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        self.refuse("iteration over a tensor")
+
+    def refuse(self, what: str, remedy: str = "") -> NoReturn:
+        """Raise: the function does what its kernels cannot."""
+        remedy = remedy or f"supported are: {', '.join(row.names[0] for row in ROWS)}"
+        raise NotImplementedError(f"{self.name}: {what} at {_where()} is not supported in a fused function; {remedy}")
+
+
+def _spelled(kind: str, target: Any, args: tuple[Any, ...]) -> str:
+    """An operation by its full name."""
+    if target is getattr:
+        return f"the attribute Tensor.{args[1]}"
+    if kind == "call_method":
+        return f"Tensor.{target}"
+    module = getattr(target, "__module__", None) or "torch"
+    known = {"_operator": "operator", "torch._C._nn": "torch.nn.functional", "torch._tensor": "Tensor"}
+    return f"{known.get(module, module)}.{getattr(target, '__name__', target)}"
+
+
+def _where() -> str:
+    """The line of the user's code that runs now."""
+    frame: types.FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code.co_filename.startswith(_LIBRARIES):
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}" if frame else "an unknown line"
+
+
+class Value(fx.Proxy):
+    """A stand-in that lets no operation on it pass for another one."""
+
+    tracer: Tracer
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in ("tracer", "node"):
+            self.tracer.refuse(f"setting the attribute Tensor.{name}")
+        super().__setattr__(name, value)
+
+
+def _refusing(what: str) -> Callable[[Value], None]:
+    def method(self: Value, *_: Any) -> None:
+        self.tracer.refuse(what)
+
+    return method
+
+
+# Python falls back to others where these are missing: `x += 1` to x + 1, which leaves the tensor x as it was.
+_ARITHMETIC = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul")
+_BITWISE = ("and", "or", "xor", "lshift", "rshift")
+_READING = ("float", "int", "complex", "index", "round", "trunc", "floor", "ceil", "contains", "len")
+for _name in (*_ARITHMETIC, *_BITWISE):
+    setattr(Value, f"__i{_name}__", _refusing(f"operator.i{_name}, an in-place operation,"))
+for _name in ("setitem", "delitem"):
+    setattr(Value, f"__{_name}__", _refusing("assignment to an element, an in-place operation,"))
+for _name in _READING:
+    setattr(Value, f"__{_name}__", _refusing(f"reading a value on the host ({_name})"))

@@ -1,0 +1,39 @@
+"""What a fused op keeps from its forward for its backward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+
+class Unread:
+    """In the place of an input on which no derivative depends: its layout, without its memory."""
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self.like = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+        self.shape, self.device = x.shape, x.device
+
+    def zeros(self) -> torch.Tensor:
+        """A tensor of the shape, of one stored element, for a reference whose gradients do not depend on it."""
+        return torch.zeros((), dtype=self.like.dtype, device=self.device).expand(self.shape)
+
+    def empty_like(self) -> torch.Tensor:
+        """A new tensor laid out as the input."""
+        return torch.empty_like(self.like, device=self.device)
+
+
+def saved(ctx: Any, kept: Sequence[Any]) -> list[Any]:
+    """Keep what backward needs: tensors under autograd's watch (freed and checked for in-place changes).
+
+    Returns:
+        What is to be kept besides: numbers, and whatever stands for a tensor.
+    """
+    ctx.save_for_backward(*(x if isinstance(x, torch.Tensor) else None for x in kept))
+    return [None if isinstance(x, torch.Tensor) else x for x in kept]
+
+
+def restored(ctx: Any) -> list[Any]:
+    """The inputs that `saved` kept, in their places."""
+    return [x if other is None else other for x, other in zip(ctx.saved_tensors, ctx.others, strict=True)]

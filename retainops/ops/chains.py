@@ -1,0 +1,321 @@
+"""Chains of elementwise operations that models use, each one op. docs/ops/chains.md derives them."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from retainops.dispatch import run
+from retainops.ops._check import check_elementwise, check_tensor, refuses_dtypes
+from retainops.ops._pointwise import DY, Maths, Pointwise, normal, pointwise
+from retainops.ops._random import new_seed, uniform
+from retainops.ops.pointwise import FAMILY
+from retainops.registry import Point, PointInfo
+from retainops.retained import Retained
+
+Tensor = torch.Tensor
+
+
+def softcap(x: Tensor, cap: float | Tensor, *, retain: Retained | None = None) -> Tensor:
+    """cap * tanh(x / cap) in one kernel: x, kept within (-cap, cap) smoothly, as Gemma 2 does to its logits.
+
+    Args:
+        x: tensor of any floating dtype, layout and device.
+        cap: a number above 0, or a tensor that broadcasts with x (which is not checked: that would wait for the GPU).
+        retain: `Retained("c")` to keep the gradient of the loss with respect to c = x / cap.
+
+    Returns:
+        cap * tanh(x / cap), of the broadcast shape and the promoted dtype; c is held in float32 (float64 for float64).
+
+    Raises:
+        TypeError: an input is neither a tensor nor a number, or `retain` is not a `Retained`.
+        ValueError: cap is a number that is not above 0.
+        RuntimeError: the shapes do not broadcast, the devices differ, or a point is retained that no gradient reaches.
+        KeyError: `retain` names another point than c.
+
+    Points:
+        c = x / cap, of the broadcast shape.
+
+    Example:
+        >>> ro.softcap(logits, 30.0)
+
+    Source: Gemma Team 2024, Gemma 2 (arXiv 2408.00118), section 2; Bello et al. 2016 (arXiv 1611.09940).
+    """
+    if isinstance(cap, numbers.Real) and not cap > 0:
+        raise ValueError(f"softcap: cap is {cap}; expected a number above 0, such as 30.0")
+    check_elementwise("softcap", x=x, cap=cap)
+    return run(SOFTCAP, (x, cap), retain)
+
+
+def softcap_reference(x: Any, cap: Any, point: Point) -> Tensor:
+    """The definition."""
+    c = point("c", x / cap)
+    return cap * torch.tanh(c)
+
+
+def scale_shift(x: Tensor, scale: float | Tensor, shift: float | Tensor, *, retain: Retained | None = None) -> Tensor:
+    """x * (1 + scale) + shift in one kernel: the modulation of adaptive norms in diffusion transformers.
+
+    Args:
+        x, scale, shift: tensors of any floating dtype, layout and device whose shapes broadcast, or numbers.
+        retain: `Retained("scaled")` to keep the gradient with respect to scaled = x * (1 + scale).
+
+    Returns:
+        x * (1 + scale) + shift, of the broadcast shape and the promoted dtype.
+
+    Raises:
+        TypeError, RuntimeError, KeyError: as of `softcap`.
+
+    Points:
+        scaled = x * (1 + scale), of the broadcast shape of x and scale.
+
+    Example:
+        >>> ro.scale_shift(norm(x), scale[:, None], shift[:, None])  # (batch, tokens, width), (batch, width)
+
+    Source: Peebles and Xie 2023, Scalable Diffusion Models with Transformers (arXiv 2212.09748).
+    """
+    check_elementwise("scale_shift", x=x, scale=scale, shift=shift)
+    return run(SCALE_SHIFT, (x, scale, shift), retain)
+
+
+def scale_shift_reference(x: Any, scale: Any, shift: Any, point: Point) -> Tensor:
+    """The definition."""
+    scaled = point("scaled", x * (1 + scale))
+    return scaled + shift
+
+
+def squared_relu(x: Tensor, *, retain: Retained | None = None) -> Tensor:
+    """relu(x)^2 in one kernel.
+
+    Args:
+        x: tensor of any floating dtype, layout and device.
+        retain: `Retained("r")` to keep the gradient with respect to r = relu(x).
+
+    Returns:
+        relu(x)^2, of x's shape and dtype.
+
+    Raises:
+        TypeError, RuntimeError, KeyError: as of `softcap`.
+
+    Points:
+        r = relu(x), of x's shape.
+
+    Example:
+        >>> ro.squared_relu(x)
+
+    Source: So et al. 2021, Primer (arXiv 2109.08668).
+    """
+    check_tensor("squared_relu", x=x)
+    return run(SQUARED_RELU, (x,), retain)
+
+
+def squared_relu_reference(x: Any, point: Point) -> Tensor:
+    """The definition."""
+    r = point("r", torch.relu(x))
+    return torch.square(r)
+
+
+def mish(x: Tensor, *, retain: Retained | None = None) -> Tensor:
+    """x * tanh(softplus(x)) in one kernel.
+
+    Args:
+        x: tensor of any floating dtype, layout and device.
+        retain: `Retained("s", "t")` to keep the gradients with respect to s = softplus(x) and t = tanh(s).
+
+    Returns:
+        x * tanh(softplus(x)), of x's shape and dtype.
+
+    Raises:
+        TypeError, RuntimeError, KeyError: as of `softcap`.
+
+    Points:
+        s = softplus(x) and t = tanh(s), of x's shape.
+
+    Example:
+        >>> ro.mish(x)
+
+    Source: Misra 2019 (arXiv 1908.08681).
+    """
+    check_tensor("mish", x=x)
+    return run(MISH, (x,), retain)
+
+
+def mish_reference(x: Any, point: Point) -> Tensor:
+    """The definition."""
+    s = point("s", F.softplus(x))
+    t = point("t", torch.tanh(s))
+    return x * t
+
+
+def siren(x: Tensor, w0: float | Tensor = 30.0, *, retain: Retained | None = None) -> Tensor:
+    """sin(w0 * x) in one kernel, the activation of SIREN: `mul_sin(x, w0)`, whose point is c = w0 * x.
+
+    Example:
+        >>> ro.siren(linear(x), 30.0, retain=kept)
+
+    Source: Sitzmann et al. 2020 (arXiv 2006.09661).
+    """
+    check_elementwise("siren", x=x, w0=w0)
+    return FAMILY["mul_sin"](x, w0, retain=retain)
+
+
+def bias_dropout_add(
+    x: Tensor,
+    bias: Tensor | float | None,
+    residual: Tensor | float,
+    p: float = 0.5,
+    seed: Tensor | None = None,
+    *,
+    training: bool = True,
+    retain: Retained | None = None,
+) -> Tensor:
+    """residual + dropout(x + bias) in one kernel. The mask is made again in backward and never stored.
+
+    Args:
+        x, bias, residual: tensors of any floating dtype, layout and device whose shapes broadcast. bias may be None.
+        p: the probability of an element of x + bias to be dropped; the others are multiplied by 1 / (1 - p).
+        seed: an int64 tensor of 0 dims on x's device, which decides the mask; default: drawn from PyTorch's generator
+            of the device, so `torch.manual_seed` makes it reproducible. The mask depends on the seed and the shape
+            alone: it is the same for the kernels and the reference, for any layout and dtype.
+        training: False: nothing is dropped.
+        retain: `Retained("biased", "dropped")` to keep the gradients with respect to these.
+
+    Returns:
+        residual + dropout(x + bias), of the broadcast shape and the promoted dtype.
+
+    Raises:
+        ValueError: p is not in [0, 1], or seed is not an int64 tensor of 0 dims.
+        RuntimeError: seed is on another device than x; and as of `softcap`.
+        TypeError, KeyError: as of `softcap`.
+
+    Points:
+        biased = x + bias and dropped = dropout(biased), of the broadcast shape of x and bias.
+
+    Example:
+        >>> x = ro.bias_dropout_add(linear(x), bias, x, p=0.1)
+
+    Source: Srivastava et al. 2014; the fusion is Megatron-LM's (arXiv 2104.04473). Random numbers: Philox4x32-10.
+    """
+    if not isinstance(p, numbers.Real) or not 0 <= p <= 1:
+        raise ValueError(f"bias_dropout_add: p is {p!r}; expected a probability, a number from 0 to 1")
+    bias = 0.0 if bias is None else bias
+    check_tensor("bias_dropout_add", x=x)
+    check_elementwise("bias_dropout_add", x=x, bias=bias, residual=residual)
+    if seed is not None:
+        _check_seed(seed, x.device)
+    if p == 0 or not training:
+        return run(BIAS_DROPOUT_ADD, (x, bias, residual, 0.0, 0), retain)
+    if seed is None:
+        seed = new_seed(x.device)
+    return run(BIAS_DROPOUT_ADD, (x, bias, residual, float(p), seed), retain)
+
+
+def _check_seed(seed: Any, device: torch.device) -> None:
+    expected = 'expected an int64 tensor of 0 dims on the device of x, such as torch.tensor(7, device="cuda")'
+    if not isinstance(seed, torch.Tensor):
+        raise ValueError(f"bias_dropout_add: seed is {seed!r}; {expected}")
+    if seed.dtype != torch.int64 or seed.dim():
+        raise ValueError(f"bias_dropout_add: seed is of shape {tuple(seed.shape)}, {seed.dtype}; {expected}")
+    if seed.device != device:
+        raise RuntimeError(f"bias_dropout_add: seed is on {seed.device} and x on {device}; {expected}")
+
+
+def bias_dropout_add_reference(x: Any, bias: Any, residual: Any, p: float, seed: Any, point: Point) -> Tensor:
+    """The definition."""
+    biased = point("biased", x + bias)
+    if not isinstance(seed, torch.Tensor):  # and not p == 0: a plan knows types and no values
+        dropped = biased
+    else:
+        kept = biased * _scale(p)
+        dropped = torch.where(uniform(seed, biased.shape) >= _threshold(p), kept, torch.zeros_like(kept))
+    return residual + point("dropped", dropped)
+
+
+def _scale(p: float) -> float:
+    return 1 / (1 - p) if p < 1 else 0.0
+
+
+def _threshold(p: float) -> float:
+    """p as the next multiple of 2**-24, as the uniform numbers are: the mask must not depend on how p is rounded."""
+    return math.ceil(p * 2**24) / 2**24
+
+
+class BiasDropoutAdd(Pointwise):
+    """Its random numbers are an input that has no memory: they are made from the seed."""
+
+    def operands(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
+        from retainops.ops._operands import Seed
+
+        x, bias, residual, p, seed = inputs
+        shape = torch.broadcast_shapes(*(t.shape for t in (x, bias) if not isinstance(t, numbers.Real)))
+        return x, bias, residual, _threshold(p), _scale(p), Seed(seed, shape) if p else 1.0
+
+
+def _sample_with_seed(*where: Any) -> tuple[Any, ...]:
+    return *normal(3, 0.25)(*where), torch.tensor(20, device=where[2])
+
+
+def _maths(name: str) -> Maths:
+    def make() -> tuple[Any, Any]:
+        from retainops.kernels import chains
+
+        return getattr(chains, f"{name}_forward"), getattr(chains, f"{name}_backward")
+
+    return make
+
+
+def _of(x: str, **interiors: str) -> list[PointInfo]:
+    return [PointInfo(name, formula, f"of {x}") for name, formula in interiors.items()]
+
+
+SOFTCAP = pointwise(
+    softcap,
+    "cap * tanh(x / cap)",
+    softcap_reference,
+    Pointwise(_maths("softcap"), grads=2),
+    name="softcap",
+    points=_of("x and cap, broadcast", c="x / cap"),
+    sample=normal(1, 2.5),
+)
+SCALE_SHIFT = pointwise(
+    scale_shift,
+    "x * (1 + scale) + shift",
+    scale_shift_reference,
+    Pointwise(_maths("scale_shift"), grads=3, unread=(2,), equal={2: DY}),
+    name="scale_shift",
+    points=_of("x and scale, broadcast", scaled="x * (1 + scale)"),
+    sample=normal(3),
+)
+SQUARED_RELU = pointwise(
+    squared_relu,
+    "relu(x)^2",
+    squared_relu_reference,
+    Pointwise(_maths("squared_relu"), grads=1),
+    name="squared_relu",
+    points=_of("x", r="relu(x)"),
+    sample=normal(1),
+)
+MISH = pointwise(
+    mish,
+    "x * tanh(softplus(x))",
+    mish_reference,
+    Pointwise(_maths("mish"), grads=1),
+    name="mish",
+    points=_of("x", s="softplus(x)", t="tanh(s)"),
+    sample=normal(1),
+)
+BIAS_DROPOUT_ADD = pointwise(
+    bias_dropout_add,
+    "residual + dropout(x + bias)",
+    bias_dropout_add_reference,
+    BiasDropoutAdd(_maths("bias_dropout_add"), grads=3, unread=(0, 1, 2), equal={1: 0, 2: DY}),
+    name="bias_dropout_add",
+    points=_of("x and bias, broadcast", biased="x + bias", dropped="dropout(biased)"),
+    sample=_sample_with_seed,
+    refuses=lambda x, bias, residual, p, seed: refuses_dtypes(x, bias, residual),
+)
