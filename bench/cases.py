@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 
+from bench.peers import PEERS
 from retainops import Into, Retained, Stats
 from retainops.dispatch import why_reference
+from retainops.ops._plan import several
 from retainops.points import unretained
 from retainops.registry import Op
 
@@ -27,10 +29,10 @@ Sample = Callable[..., tuple[Any, ...]]
 
 @dataclass(frozen=True)
 class Job:
-    """What of an op is timed: its forward, its backward, or its backward with something retained of a point's gradient.
+    """What of an op is timed: its forward, its backward or both, perhaps with something retained of a point's gradient.
 
     Attributes:
-        direction: "forward" or "backward".
+        direction: "forward", "backward", or "step": one after the other.
         point: the point, or None.
         form: what is retained: "" the gradient, "Into" it in a buffer of the caller's, "Stats" its l2 and amax.
     """
@@ -47,13 +49,19 @@ class Job:
         forward, backward, point = op.traffic(*inputs)
         if self.direction == "forward":
             return forward
-        return backward + (point if self.point and self.form != "Stats" else 0)
+        more = point if self.point and self.form != "Stats" else 0
+        return backward + more + (forward if self.direction == "step" else 0)
 
 
-def jobs(op: Op) -> list[Job]:
-    """Every job of an op."""
-    kept = [Job("backward", p.name, form) for p in op.points for form in ("", "Into", "Stats")]
-    return [Job("forward"), Job("backward"), *kept]
+def jobs(op: Op, kind: str = "bandwidth") -> list[Job]:
+    """Every job of an op at sizes of a kind: what retaining costs the device, and what a step costs the host."""
+    first = op.points[0].name
+    if kind == "host":
+        return [Job("step"), Job("step", first)]
+    forms = [Job("backward", first, "Stats")]
+    if op.name == "mul_sin":  # a buffer of the caller's costs any op what a new one does
+        forms.insert(0, Job("backward", first, "Into"))
+    return [Job("forward"), Job("backward"), *(Job("backward", p.name) for p in op.points), *forms]
 
 
 @dataclass(frozen=True)
@@ -111,7 +119,7 @@ class Case:
 
     def inputs(self, device: str) -> list[Any]:
         """Random inputs, the same in every run."""
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(device).manual_seed(0)
         return list((self.sample or self.op.sample)(self.size.shape, DTYPES[self.dtype], device, generator))
 
     def build(self) -> Prepare:
@@ -129,17 +137,31 @@ class Case:
         return self.variant
 
 
+THOROUGHLY = (
+    *("mul_sin", "add_gelu", "swiglu", "softcap", "bias_dropout_add"),
+    *("rms_norm", "softmax", "cross_entropy", "rope"),
+)
+"""The ops measured at every size, and against eager PyTorch: one of each kind. The others at the first size alone."""
+
+
 def cases(op: Op, device: str, quick: bool = False, label: str = "", sample: Sample | None = None) -> Iterator[Case]:
     """The cases of an op. With a `label`, of special inputs: at the first size alone, retaining only the gradient."""
-    peers = [name for name, load in PEERS.get(op.name, {}).items() if load() is not None]
+    peers = peers_of(op)
     grid = [(n, size, dtype) for dtype in DTYPES for n, size in enumerate(sizes(device, DTYPES[dtype], quick))]
     for n, size, dtype in sorted(grid, key=lambda place: place[0]):
-        if label and n:
+        if n and (label or op.name not in THOROUGHLY) and not quick:
             return
-        for job in jobs(op):
+        for job in jobs(op, size.kind):
             for variant in (*VARIANTS, *peers):
+                if variant == "eager" and op.name not in THOROUGHLY:
+                    continue
                 if _has(variant, job, size) and not (label and job.form):
                     yield Case(op, dtype, size, job, variant, label, sample)
+
+
+def peers_of(op: Op) -> list[str]:
+    """Names of the other libraries that have an op like it and are installed."""
+    return [name for name, load in PEERS.get(op.name, {}).items() if load() is not None]
 
 
 def _has(variant: str, job: Job, size: Size) -> bool:
@@ -150,17 +172,18 @@ def _has(variant: str, job: Job, size: Size) -> bool:
     return variant == "retainops" or job.point is None
 
 
-def backward(y: torch.Tensor, inputs: Sequence[Any], *slots: torch.Tensor) -> Call:
-    """A backward of the graph behind y, again and again.
+def backward(y: torch.Tensor | tuple[torch.Tensor, ...], inputs: Sequence[Any], *slots: torch.Tensor) -> Call:
+    """A backward of the graph behind y (one output, or several), again and again.
 
     retain_graph=True is what lets one graph be timed many times. It is fair here: no op of retainops overwrites its
     saved tensors, and autograd neither copies nor recomputes because of it. What is timed on the host is autograd's
     engine, the op's backward and the allocation of the gradients; accumulating them into `.grad` is left out for all.
     """
-    dy = random_like(y)
+    outputs = several(y)
+    dys = [random_like(y) for y in outputs]
     wanted = [x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad] + list(slots)
     # What is retained in another form than the gradient itself is returned as None, which "unused" is to autograd.
-    return partial(torch.autograd.grad, y, wanted, dy, retain_graph=True, allow_unused=True)
+    return partial(torch.autograd.grad, outputs, wanted, dys, retain_graph=True, allow_unused=True)
 
 
 def random_like(y: torch.Tensor) -> torch.Tensor:
@@ -181,6 +204,8 @@ def _retainops(case: Case) -> Prepare:
         else:
             kept = Retained(job.point)
         slot = kept[job.point]
+        if job.direction == "step":
+            return partial(_step, lambda: op.call(*inputs, retain=kept), inputs, lambda: [slot.tensor])
         y = op.call(*inputs, retain=kept)
         grads = backward(y, inputs, slot.tensor)
         if not job.form:
@@ -217,11 +242,22 @@ def _eager(case: Case) -> Prepare:
                 interior.append(value)
             return value
 
-        grads = backward(op.reference(*inputs, point), inputs)
+        if job.direction == "step":
+
+            def forward() -> Any:
+                interior.clear()
+                return op.reference(*inputs, point)
+
+            return partial(_step, forward, inputs, lambda: interior)
+        y = op.reference(*inputs, point)
+        # On an input retain_grad() does nothing, and an output's gradient comes from outside.
+        is_outer = interior[0].is_leaf or any(interior[0] is output for output in several(y))
+        grads = backward(y, inputs, *(interior if is_outer else ()))
 
         def call() -> Any:
-            interior[0].grad = None  # or it would be added to
-            found = *grads(), interior[0].grad
+            if not is_outer:
+                interior[0].grad = None  # or it would be added to
+            found = grads() if is_outer else (*grads(), interior[0].grad)
             norms = (torch.linalg.vector_norm(found[-1], ord) for ord in (2, inf))  # each a single pass
             return (*found, *norms) if job.form == "Stats" else found
 
@@ -249,9 +285,19 @@ def _reference(op: Op) -> Callable[..., torch.Tensor]:
     return function
 
 
+def _step(forward: Call, inputs: Sequence[Any], kept: Callable[[], Sequence[torch.Tensor]] = list) -> Any:
+    """Forward and backward; the gradient that arrives is all ones, of one stored element."""
+    outputs = several(forward())
+    dys = [torch.ones((), dtype=y.dtype, device=y.device).expand(y.shape) for y in outputs]
+    wanted = [x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad]
+    return torch.autograd.grad(outputs, [*wanted, *kept()], dys, allow_unused=True)
+
+
 def _plain(function: Callable[..., torch.Tensor], job: Job, inputs: Sequence[Any]) -> Call:
     if job.direction == "forward":
         return partial(function, *inputs)  # as in training: autograd records it
+    if job.direction == "step":
+        return partial(_step, partial(function, *inputs), inputs)
     return backward(function(*inputs), inputs)
 
 
@@ -272,7 +318,3 @@ VARIANTS: Mapping[str, Callable[[Case], Prepare]] = {
     "torch.compile": _compiled,
     "copy": _copy,
 }
-
-PEERS: dict[str, dict[str, Callable[[], Callable[..., torch.Tensor] | None]]] = {}
-"""Other libraries' ops, by the name of ours: {"rms_norm": {"Liger-Kernel": load}}. `load()` imports the library and
-returns a function of our op's inputs, or None where the library is not installed. None of them has mul_sin."""

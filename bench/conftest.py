@@ -13,6 +13,7 @@ import torch._functorch.config
 
 from bench import record, timing
 from bench.cases import Case
+from retainops.registry import Op
 
 DEVICE_TYPE = "cuda" if torch.cuda.is_available() else "cpu"
 CLOCK = timing.Clock()
@@ -25,6 +26,7 @@ torch._functorch.config.donated_buffer = False
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("retainops benchmarks")
     group.addoption("--bench-quick", action="store_true", help="tiny sizes, one round: whether it runs, not how fast")
+    group.addoption("--bench-warm", action="store_true", help="call each case once and time nothing: fills caches")
     group.addoption("--bench-seconds", type=float, default=140.0, help="start no case after this many seconds")
     group.addoption("--bench-threads", type=int, default=0, help="of PyTorch on a CPU (default: its own choice)")
     group.addoption("--bench-note", default="", help="a remark to keep with the results")
@@ -46,6 +48,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "measure" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.benchmark(timer=CLOCK))
+            case = item.callspec.params["case"]  # those of one graph warm up in one process
+            item.add_marker(pytest.mark.xdist_group(f"{case.op.name} {case.dtype} {case.size.name} {case.label}"))
 
 
 def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
@@ -89,12 +93,20 @@ def measure(
 ) -> Iterator[Callable[[Case], None]]:
     """Times a case: `measure(case)`."""
     quick = request.config.getoption("--bench-quick")
+    copied: set[int] = request.session.__dict__.setdefault("bench_copied", set())
 
     def measure(case: Case) -> None:
         if time.monotonic() > deadline:
             pytest.skip("the time that --bench-seconds gives is up")
+        if request.config.getoption("--bench-warm") and case.variant in ("copy", "eager"):
+            return  # there is nothing to compile
         inputs = inputs_of(case)
+        if request.config.getoption("--bench-warm"):
+            case.build()([_fresh(x, case.op, i) for i, x in enumerate(inputs)])()
+            return
         job_bytes = case.job.fewest_bytes(case.op, inputs)
+        if case.variant == "copy" and (job_bytes in copied or copied.add(job_bytes)):
+            pytest.skip("a copy of so many bytes has been measured")
         sets = 1 if case.size.kind == "host" or quick else 1 + 4 * record.cache_bytes() // job_bytes
         _skip_without_memory(sets, job_bytes)
         benchmark.extra_info.update(_what(case, inputs, job_bytes, sets))
@@ -137,7 +149,7 @@ def _skip_without_memory(sets: int, job_bytes: int) -> None:
 
 def _time(benchmark: Any, case: Case, inputs: Sequence[Any], sets: int, quick: bool) -> None:
     prepare = case.build()
-    batch = timing.rotation([prepare([_fresh(x) for x in inputs]) for _ in range(sets)])
+    batch = timing.rotation([prepare([_fresh(x, case.op, i) for i, x in enumerate(inputs)]) for _ in range(sets)])
     gpu = torch.cuda if DEVICE_TYPE == "cuda" else None
     stopwatch, calls, rounds = timing.prepare(batch, sets + 1, gpu, case.size.kind == "bandwidth", quick)
     benchmark.pedantic(lambda: CLOCK.advance(stopwatch.seconds(batch, calls)), rounds=rounds)
@@ -145,7 +157,7 @@ def _time(benchmark: Any, case: Case, inputs: Sequence[Any], sets: int, quick: b
     benchmark.extra_info.update(calls=calls, host_limited=host_limited)
 
 
-def _fresh(x: Any) -> Any:
+def _fresh(x: Any, op: Op, place: int) -> Any:
     if not isinstance(x, torch.Tensor):
         return x
-    return x.detach().clone().requires_grad_(x.is_floating_point())
+    return x.detach().clone().requires_grad_(x.is_floating_point() and place not in op.constants)

@@ -26,7 +26,9 @@ def draw(run: Run, path: Path) -> None:
 def figure(run: Run) -> Figure:
     """Bars, one a variant: the fraction of a device copy of the same bytes. A line of panels for each op and dtype."""
     figures = Figures(run.rows)
-    lines = list(dict.fromkeys((r.op, r.dtype) for r in run.rows if r.kind == "bandwidth" and not r.label))
+    shown = [r for r in run.rows if r.kind == "bandwidth" and not r.label]
+    against = {r.op for r in shown if r.variant == "eager"}  # one op of each kind; the tables have the others
+    lines = list(dict.fromkeys((r.op, r.dtype) for r in shown if r.op in against or not against))
     fig = Figure(figsize=(14, 1.3 + 1.45 * max(len(lines), 1)), layout="constrained")
     axes = fig.subplots(max(len(lines), 1), len(PANELS), squeeze=False, sharex=True)
     for (op, dtype), row_of_axes in zip(lines, axes, strict=False):

@@ -116,6 +116,8 @@ def rows(benchmarks: Iterable[dict[str, Any]]) -> list[Row]:
     kept = {"seconds": "median" if statistic() == "median" else "min", "q1": "q1", "median": "median", "q3": "q3"}
     found = []
     for record in benchmarks:
+        if "calls" not in record["extra_info"]:  # an interrupt came while it was measured
+            continue
         stats = record["stats"]
         times: dict[str, Any] = {name: float(f"{stats[key]:.4g}") for name, key in kept.items()}
         found.append(Row(**record["extra_info"], **times, rounds=stats["rounds"]))

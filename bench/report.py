@@ -68,6 +68,7 @@ class Figures:
 
     def __init__(self, rows: Sequence[Row]) -> None:
         self.rows = list(rows)
+        self._copies = {r.bytes: r for r in rows if r.variant == "copy"}
         self._at = {(*place(r), job(r), r.variant): r for r in rows}
 
     def at(self, row: Row, job: str, variant: str) -> Row | None:
@@ -76,9 +77,8 @@ class Figures:
 
     def of_copy(self, row: Row) -> float | None:
         """The time of a device copy that moves the job's fewest bytes, over the job's time."""
-        same_bytes = Job(row.direction, None if row.form == "Stats" else row.point)
-        copy = self.at(row, str(same_bytes), "copy")
-        return copy.seconds / row.seconds if copy else None
+        copy = self._copies.get(row.bytes)
+        return copy.seconds / row.seconds if copy and row.kind == "bandwidth" else None
 
     def kept_ratio(self, row: Row) -> tuple[float, float] | None:
         """(time, fewest bytes) of a backward that retains a point, over those of the same variant's backward."""

@@ -28,6 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options, for_pytest = _parser().parse_known_args(argv)
     folder = options.results or report.RESULTS / record.slug()
     print(f"measuring on {record.device_name()}; results go to {folder}", flush=True)
+    if options.warm:
+        warm = ["--bench-warm", "-n", str(options.warm), "--dist=loadgroup", "-q"]
+        _pytest(Path(os.devnull), options, [*warm, *for_pytest])
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "benchmark.json"
         status = _pytest(path, options, for_pytest)
@@ -48,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--results", type=Path, metavar="DIR", help="default: bench/results/<device>")
     parser.add_argument("--seconds", type=float, default=140.0, help="start no case after this many (default 140)")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, one round: whether it runs, not how fast")
+    parser.add_argument("--warm", type=int, default=0, metavar="N", help="first compile everything, in N processes")
     parser.add_argument("--threads", type=int, default=0, help="of PyTorch on a CPU (default: its own choice)")
     parser.add_argument("--note", default="", help="a remark to keep with the results")
     return parser

@@ -138,9 +138,9 @@ class Pace:
 QUICK = Pace(batch=0.0, case=0.0, rounds=(1, 1), calls=2)
 # On a CPU many short rounds: where others use it too, their time slices fall into few of them, and not into the median.
 CPU = Pace(batch=2e-4, case=0.7, rounds=(7, 301), calls=100)
-HOST = Pace(batch=5e-3, case=0.2, rounds=(11, 41), calls=1000)
+HOST = Pace(batch=5e-3, case=0.06, rounds=(7, 41), calls=1000)
 # 100 calls of a few kernels each stay below the 1024 launches that a CUDA stream queues before the host must wait.
-DEVICE = Pace(batch=5e-3, case=0.2, rounds=(11, 21), calls=100)
+DEVICE = Pace(batch=1e-3, case=1e-2, rounds=(5, 11), calls=100)
 
 
 def plan(seconds: float, pace: Pace) -> tuple[int, int]:

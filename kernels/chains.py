@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from retainops.kernels.unary import divide, relu, softplus, softplus_grad, tanh
+from retainops.kernels.unary import divide, relu, softplus, softplus_grad, tanh, tanh_grad
 
 
 @triton.jit
@@ -15,9 +15,8 @@ def softcap_forward(x, cap):
 @triton.jit
 def softcap_backward(x, cap, dy):
     c = divide(x, cap)
-    t = tanh(c)
-    dc = dy * cap * (1.0 - t * t)
-    dcap = dy * t - dc * divide(c, cap)
+    dc = tanh_grad(c, dy * cap)
+    dcap = dy * tanh(c) - dc * divide(c, cap)
     return (divide(dc, cap), dcap), (c,), (dc,)
 
 

@@ -25,6 +25,7 @@ class Stats(NamedTuple):
     hist: Any = None  # 256 counts a tile
     strides: tuple = (None, None)  # as in Operand, in statistics
     tiles: tuple = (None, None)
+    by_warp: Any = None  # 1: each of a tile's WARPS warps leaves a share of its own
 
 
 class Retained(NamedTuple):
@@ -37,6 +38,11 @@ class Retained(NamedTuple):
     tiles: tuple = (None, None)  # as in Operand: a point that is broadcast on the way to the output is summed
     number: Any = None
     seed: Any = None
+
+
+WARPS: tl.constexpr = tl.constexpr(4)
+"""Of a program whose warps leave a share each, so that none waits for another."""
+LANES: tl.constexpr = tl.constexpr(32)
 
 
 @triton.jit
@@ -56,27 +62,60 @@ def take_stats(S, g, c, at, SHAPE, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr)
     ok = lanes_inside(at, SHAPE, BLOCK_M, BLOCK_N)
     wide = tl.where(ok, tl.broadcast_to(g, (BLOCK_M, BLOCK_N)), 0.0)
     if S.sumsq is not None:
-        store_share(S.sumsq, S, share_of_sum(S, wide * wide), at, SHAPE, BLOCK_M, BLOCK_N)
+        leave_sum(S.sumsq, S, wide * wide, at, SHAPE, BLOCK_M, BLOCK_N)
     if S.sum is not None:
-        store_share(S.sum, S, share_of_sum(S, wide), at, SHAPE, BLOCK_M, BLOCK_N)
+        leave_sum(S.sum, S, wide, at, SHAPE, BLOCK_M, BLOCK_N)
     if S.abs_sum is not None:
-        store_share(S.abs_sum, S, share_of_sum(S, tl.abs(wide)), at, SHAPE, BLOCK_M, BLOCK_N)
+        leave_sum(S.abs_sum, S, tl.abs(wide), at, SHAPE, BLOCK_M, BLOCK_N)
     if S.act_grad is not None:
         product = tl.where(ok, tl.broadcast_to(g * c, (BLOCK_M, BLOCK_N)), 0.0)
-        store_share(S.act_grad, S, share_of_sum(S, product), at, SHAPE, BLOCK_M, BLOCK_N)
+        leave_sum(S.act_grad, S, product, at, SHAPE, BLOCK_M, BLOCK_N)
     if S.amax is not None:
         # As integers, magnitudes order as they do as floats, and nan is above inf: a float maximum may drop it.
-        share = share_of_max(S, magnitude_bits(wide)).to(wide.dtype, bitcast=True)
-        store_share(S.amax, S, share, at, SHAPE, BLOCK_M, BLOCK_N)
+        bits = magnitude_bits(wide)
+        if S.by_warp is not None:
+            share = tl.max(tl.max(tl.max(of_warps(bits, BLOCK_N), axis=3), axis=0), axis=1)
+            leave_of_warps(S.amax, share.to(wide.dtype, bitcast=True), at, SHAPE, BLOCK_M, BLOCK_N)
+        else:
+            share = share_of_max(S, bits).to(wide.dtype, bitcast=True)
+            store_share(S.amax, S, share, at, SHAPE, BLOCK_M, BLOCK_N)
     if S.nonfinite is not None:
         is_nonfinite = magnitude_bits(wide.to(tl.float32)) >= 0x7F800000
         if wide.dtype == tl.float64:
             is_nonfinite = magnitude_bits(wide) >= 0x7FF0000000000000
-        store_share(S.nonfinite, S, share_of_sum(S, is_nonfinite.to(tl.int32)), at, SHAPE, BLOCK_M, BLOCK_N)
+        leave_sum(S.nonfinite, S, is_nonfinite.to(tl.int32), at, SHAPE, BLOCK_M, BLOCK_N)
     if S.hist is not None:
         bins = tl.reshape(magnitude_bits(wide.to(tl.float32)) >> 23, (BLOCK_M * BLOCK_N,))
         counts = tl.histogram(bins, 256, mask=tl.reshape(ok, (BLOCK_M * BLOCK_N,)))
         tl.store(S.hist + tile_number(at, SHAPE, BLOCK_M, BLOCK_N) * 256 + tl.arange(0, 256), counts)
+
+
+@triton.jit
+def leave_sum(P, S, x, at, SHAPE, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Leave the tile's share of a sum at P, or those of its warps."""
+    if S.by_warp is not None:
+        share = tl.sum(tl.sum(tl.sum(of_warps(x, BLOCK_N), axis=3), axis=0), axis=1)
+        leave_of_warps(P, share, at, SHAPE, BLOCK_M, BLOCK_N)
+    else:
+        store_share(P, S, share_of_sum(S, x), at, SHAPE, BLOCK_M, BLOCK_N)
+
+
+@triton.jit
+def of_warps(x, BLOCK_N: tl.constexpr):
+    """A tile of one row by (access of a thread, warp, lane, element): threads have two 128-bit accesses each.
+
+    If Triton lays the tile out in another way this is as right, and slower: warps wait for each other then.
+    """
+    return tl.reshape(x, (2, WARPS, LANES, BLOCK_N // (2 * WARPS * LANES)))
+
+
+@triton.jit
+def leave_of_warps(P, share, at, SHAPE, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Leave a share for each warp at P: lane 0 of each does."""
+    warp, lane = tl.arange(0, WARPS)[:, None], tl.arange(0, LANES)[None, :]
+    # Addresses of the other lanes, which store nothing, are neighbours: so Triton lays lanes out along this dim.
+    p = P + tile_number(at, SHAPE, BLOCK_M, BLOCK_N) * WARPS + warp + lane
+    tl.store(p, tl.broadcast_to(share[:, None], (WARPS, LANES)), mask=tl.broadcast_to(lane == 0, (WARPS, LANES)))
 
 
 @triton.jit

@@ -116,9 +116,17 @@ def gelu_tanh(x):
 
 @triton.jit
 def gelu_tanh_grad(x, dy):
-    t = libdevice.tanh(0.7978845608028654 * (x + 0.044715 * (x * x * x)))
-    dz = 0.7978845608028654 * (1.0 + 0.134145 * (x * x))
-    return dy * (0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * dz)
+    """Where 1 + tanh(z) and 1 - tanh(z)^2 = 4 s (1 - s) do not cancel, left of 0; right of 0 one minus that.
+
+    There s = (1 + tanh(z)) / 2 = e / (1 + e), e = exp(2z). It is 0 where eager's sum is, but for the last few values.
+    """
+    a, square = tl.abs(x), x * x
+    e = libdevice.exp(-a * (1.5957691216057308 + 0.07135481627260025 * square))
+    e = tl.where(0.01 + e == 0.01, 0.0, e)
+    rest = reciprocal(1.0 + e)
+    s = e * rest
+    slope = s - a * s * rest * (1.5957691216057308 + 0.21406444881780076 * square)
+    return dy * tl.where(x < 0.0, slope, 1.0 - slope)
 
 
 @triton.jit

@@ -7,7 +7,13 @@ from retainops.dispatch import backend, explain
 from retainops.fuse import fuse_pointwise
 from retainops.models import points, retain
 from retainops.ops.chains import bias_dropout_add, mish, scale_shift, siren, softcap, squared_relu
+from retainops.ops.cross_entropy import cross_entropy
 from retainops.ops.gated import geglu, glu, reglu, swiglu
+from retainops.ops.group_norm import group_norm
+from retainops.ops.linear_cross_entropy import linear_cross_entropy
+from retainops.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from retainops.ops.rope import rope
+from retainops.ops.softmax import log_softmax, softmax
 from retainops.points import point
 from retainops.pointwise import (
     add_gelu,
@@ -20,6 +26,7 @@ from retainops.pointwise import (
     mul_tanh,
 )
 from retainops.retained import Retained
+from retainops.samples import per_sample_norms
 from retainops.slots import Slot
 from retainops.stats import Stats
 
@@ -32,15 +39,22 @@ __all__ = [
     "Stats",
     "__version__",
     "add_gelu",
+    "add_layer_norm",
     "add_relu",
+    "add_rms_norm",
     "add_silu",
     "backend",
     "bias_dropout_add",
     "bias_gelu",
+    "cross_entropy",
     "explain",
     "fuse_pointwise",
     "geglu",
     "glu",
+    "group_norm",
+    "layer_norm",
+    "linear_cross_entropy",
+    "log_softmax",
     "mish",
     "mul_gelu",
     "mul_sigmoid",
@@ -48,14 +62,18 @@ __all__ = [
     "mul_sin",
     "mul_tanh",
     "nn",
+    "per_sample_norms",
     "point",
     "points",
     "pointwise",
     "reglu",
     "retain",
+    "rms_norm",
+    "rope",
     "scale_shift",
     "siren",
     "softcap",
+    "softmax",
     "squared_relu",
     "swiglu",
 ]

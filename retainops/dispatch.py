@@ -110,7 +110,7 @@ def dense(t: torch.Tensor) -> bool:
     """Whether this tensor, on any device, is its memory read by its strides, and nothing else."""
     return (
         (type(t) is torch.Tensor or type(t) is torch.nn.Parameter)
-        and t.layout == torch.strided
+        and t.layout is torch.strided
         and not t.is_meta
         and not t.is_neg()
         and not t._is_zerotensor()

@@ -90,4 +90,4 @@ def carrier(point: str) -> torch.Tensor:
     _let_dynamo_keep_pack()
     # On the GPU where one is in use: a CPU input would keep CUDA graphs away from the whole graph.
     device = "cuda" if torch.cuda.is_available() and torch.cuda.is_initialized() else "cpu"
-    return Parcel(point, ("dense",), [torch.zeros((), device=device)]).requires_grad_()
+    return Parcel(point, ("dense",), [torch.empty((), device=device)]).requires_grad_()  # nobody reads its value

@@ -15,10 +15,10 @@ from retainops.stats import Stats, parts_of
 
 
 class Tap(torch.autograd.Function):
-    """The identity; its backward also hands the gradient to a slot."""
+    """The identity; its backward also hands the gradient to a slot, by its leaf or a view of that."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, leaf: torch.Tensor, slot: Slot, op: str) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, view: torch.Tensor, leaf: torch.Tensor, slot: Slot, op: str) -> torch.Tensor:
         ctx.slot, ctx.leaf, ctx.op = slot, leaf, op
         ctx.set_materialize_grads(False)
         if "act_grad" in slot.parts:
@@ -28,9 +28,9 @@ class Tap(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         if grad is None:  # no gradient arrives: none leaves, as without the tap
-            return None, None, None, None
+            return None, None, None, None, None
         value = ctx.saved_tensors[0] if ctx.saved_tensors else None
-        return grad, ctx.slot.deposit(ctx.op, grad, value, ctx.leaf), None, None
+        return grad, ctx.slot.deposit(ctx.op, grad, value, ctx.leaf), None, None, None
 
     @staticmethod
     def jvp(ctx: Any, x_t: torch.Tensor, *_: Any) -> torch.Tensor:
@@ -59,8 +59,14 @@ class CompiledTap(torch.autograd.Function):
         return grad, parcel.pack(ctx.point, ctx.names, *parts), None, None, None
 
 
-def tap(op: str, slot: Slot, value: torch.Tensor, leaf: torch.Tensor | None = None) -> torch.Tensor:
-    """`value`, with its gradient going to a slot too: by its present leaf, or one that it had before."""
+def tap(
+    op: str,
+    slot: Slot,
+    value: torch.Tensor,
+    leaf: torch.Tensor | None = None,
+    view: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`value`, with its gradient going to a slot too: by its present leaf, one that it had before, or a view of it."""
     if not value.requires_grad:
         raise no_grad(op, slot.name)
     if torch.compiler.is_compiling():
@@ -71,7 +77,7 @@ def tap(op: str, slot: Slot, value: torch.Tensor, leaf: torch.Tensor | None = No
         return CompiledTap.apply(value, slot.carrier, slot.name, slot.parts, over)
     if leaf is None:
         leaf = slot.bind(op, value.shape, value.dtype, value.device)
-    return Tap.apply(value, leaf, slot, op)
+    return Tap.apply(value, leaf if view is None else view, leaf, slot, op)
 
 
 def unretained(name: str, value: torch.Tensor) -> torch.Tensor:
@@ -79,17 +85,23 @@ def unretained(name: str, value: torch.Tensor) -> torch.Tensor:
     return value
 
 
-def reader(op: str, slots: Mapping[str, Slot], leaves: Mapping[str, torch.Tensor] | None = None) -> Point:
+def reader(
+    op: str,
+    slots: Mapping[str, Slot],
+    leaves: Mapping[str, torch.Tensor] | None = None,
+    views: Mapping[str, torch.Tensor] | None = None,
+) -> Point:
     """The `point` that a reference calls: it taps the values that `slots` asks for and leaves the others alone.
 
-    `leaves` are the slots' leaves of an earlier forward, where the reference is run once more for its backward.
+    `leaves` are the slots' leaves of an earlier forward, where the reference is run once more for its backward, and
+    `views` are those of them that the gradients are to go to.
     """
     if not slots:
         return unretained
 
     def point(name: str, value: torch.Tensor) -> torch.Tensor:
         slot = slots.get(name)
-        return value if slot is None else tap(op, slot, value, leaves.get(name) if leaves else None)
+        return value if slot is None else tap(op, slot, value, (leaves or {}).get(name), (views or {}).get(name))
 
     return point
 

@@ -41,6 +41,7 @@ class Op:
         refuses: `refuses(*inputs)` says why the kernels cannot take these inputs, or None.
         sample: `sample(shape, dtype, device, generator)` makes inputs for tests and benchmarks.
         traffic: `traffic(*inputs)` is the fewest bytes that (forward, backward, each retained point) must move.
+        constants: places of inputs that have no gradient on the kernels, though they may be floating-point: tables.
         kind: "elementwise", or "row" if elements along the last dim depend on each other: what tests may assume of it.
     """
 
@@ -53,6 +54,7 @@ class Op:
     refuses: Callable[..., str | None]
     sample: Callable[..., tuple[Any, ...]]
     traffic: Callable[..., tuple[int, int, int]]
+    constants: tuple[int, ...] = ()
     kind: str = "elementwise"
 
 

@@ -18,7 +18,7 @@ import torch
 
 from retainops import parcel
 from retainops.buffers import Into
-from retainops.stats import STATISTICS, Stats, merge, parts_of
+from retainops.stats import STATISTICS, Part, Stats, merge, parts_of, total
 
 
 class Answer(NamedTuple):
@@ -72,7 +72,7 @@ class Slot:
         self._leaf: torch.Tensor | None = None
         self._filled = False  # an Into buffer holds a gradient
         self._may_rebind = False
-        self._parts: dict[str, torch.Tensor] = {}
+        self._parts: dict[str, Part] = {}
         self._arrival: Arrival | None = None
         self._connect()
 
@@ -123,7 +123,7 @@ class Slot:
         want = self.__dict__.get("want")
         if isinstance(want, Stats) and name in want.names:
             statistic = STATISTICS[name]
-            return statistic.read(*(self._parts[p] for p in statistic.parts)) if self._parts else None
+            return statistic.read(*(total(self._parts[p]) for p in statistic.parts)) if self._parts else None
         asked = f"its statistics are {', '.join(want.names)}" if isinstance(want, Stats) else "it has no statistics"
         if name in STATISTICS:
             asked += f'; ask with Stats("{name}")'
@@ -163,7 +163,9 @@ class Slot:
         if self.want is not None:
             self.want.check(op, self.name, shape, dtype, device)
         # One stored element, whatever the shape: a slot costs no memory until its gradient arrives.
-        self._leaf = torch.zeros((), dtype=dtype, device=device).expand(shape).requires_grad_()
+        is_real = not torch._C._len_torch_dispatch_stack()  # a mode may make tensors that mean nothing outside it
+        zero = _zero(dtype, device) if is_real else torch.zeros((), dtype=dtype, device=device)
+        self._leaf = zero.expand(shape).requires_grad_()
         self._may_rebind = False
         return self._leaf
 
@@ -188,14 +190,15 @@ class Slot:
         """An `Into` buffer that `answer` named has its gradient now (and had not, if a backward failed before)."""
         self._filled = isinstance(self.want, Into)
 
-    def merge(self, parts: Mapping[str, torch.Tensor], leaf: torch.Tensor | None = None) -> None:
+    def merge(self, parts: Mapping[str, Part], leaf: torch.Tensor | None = None) -> None:
         """Take one backward call's parts of statistics, unless they come to a leaf that a reset has done away with."""
         if leaf is not None and leaf is not self._leaf:
             return
         with self._lock:
             self._note_arrival()
             # No graph is kept through statistics, and what create_graph gave is not theirs to hold.
-            self._parts = merge(self.name, self._parts, {name: part.detach() for name, part in parts.items()})
+            alone = {name: part.detach() if isinstance(part, torch.Tensor) else part for name, part in parts.items()}
+            self._parts = merge(self.name, self._parts, alone)
 
     def deposit(
         self, op: str, grad: torch.Tensor, value: torch.Tensor | None, leaf: torch.Tensor | None = None
@@ -267,6 +270,13 @@ class Slot:
         dtype = "" if self.dtype is None else str(self.dtype).removeprefix("torch.")
         state = "grad" if self.want is None else repr(self.want)
         return self.name, shape, dtype, state if filled else f"no {state} yet"
+
+
+@functools.cache
+def _zero(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """What all slots of a dtype are expansions of: making one costs a kernel's launch."""
+    with torch.inference_mode(False):
+        return torch.zeros((), dtype=dtype, device=device)
 
 
 @functools.cache

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -55,8 +56,9 @@ OVER = ("tensor", "rows", "channels")
 class Stats:
     """Ask for statistics of a point's gradient instead of the gradient: no buffer of its size exists at any time.
 
-    A kernel leaves one float32 a statistic and tile, mostly of 1024 elements ("hist": 256 counts a tile). The tiles are
-    smaller, and their shares more, where no two dims of the operands merge.
+    A kernel leaves four float32 a statistic and tile, mostly of 1024 elements, of 16-bit tensors of 2048 ("hist": 256
+    counts a tile); they are put together when the statistic is read. The tiles are smaller, and their shares more,
+    where no two dims of the operands merge.
 
     Args:
         *names: of "l2", "sum", "abs_sum", "amax", "mean", "nonfinite", "act_grad" (the sum of value x gradient) and
@@ -175,7 +177,31 @@ def hist(wide: torch.Tensor) -> torch.Tensor:
     return zeros.scatter_add(0, exponent, torch.ones_like(exponent))
 
 
-def merge(point: str, old: Mapping[str, torch.Tensor], new: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+class Shared(NamedTuple):
+    """A part as a kernel leaves it: shares of it, one a row. They are put together when somebody looks.
+
+    So a backward with statistics launches no other kernel, and a CUDA graph that is replayed changes what is read.
+    """
+
+    name: str
+    shares: torch.Tensor
+    shape: torch.Size
+
+    def total(self) -> torch.Tensor:
+        """The part itself."""
+        together = self.shares.amax(0) if self.name == "amax" else self.shares.sum(0)
+        return together.view(self.shape)
+
+
+Part = torch.Tensor | Shared
+
+
+def total(part: Part) -> torch.Tensor:
+    """A part, whatever it is kept as."""
+    return part.total() if isinstance(part, Shared) else part
+
+
+def merge(point: str, old: Mapping[str, Part], new: Mapping[str, Part]) -> dict[str, Part]:
     """Parts of all gradients seen, from those seen before and those of one more.
 
     Raises:
@@ -187,4 +213,4 @@ def merge(point: str, old: Mapping[str, torch.Tensor], new: Mapping[str, torch.T
                 f"point '{point}': statistics of shape {tuple(part.shape)} do not merge with those of shape "
                 f"{tuple(old[name].shape)} from another gradient; call reset() on the slot between the two"
             )
-    return {name: MERGE[name](old[name], part) if name in old else part for name, part in new.items()}
+    return {name: MERGE[name](total(old[name]), total(part)) if name in old else part for name, part in new.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +38,13 @@ class Path:
 
     def expects(self, op: str) -> str:
         return "Triton kernels" if self.name in ("gpu", "simulated") else "reference path"
+
+
+@pytest.fixture(autouse=True)
+def nothing_prepared() -> None:
+    """Each test prepares its own launches: some change what tiles depend on."""
+    if HAS_TRITON and "retainops.ops._launch" in sys.modules:
+        sys.modules["retainops.ops._launch"].forget()
 
 
 @pytest.fixture(params=["reference", KERNELS])

@@ -39,12 +39,15 @@ def sample(
     """
     shape = (*shape[:-1], shape[-1] * widening(name)) if shape else ()
     made = find(name).sample(torch.Size(shape), dtype, device, torch.Generator().manual_seed(seed))
-    return [x.requires_grad_(requires_grad) if is_float(x) else x for x in made]
+    constants = find(name).constants
+    return [x.requires_grad_(requires_grad and i not in constants) if is_float(x) else x for i, x in enumerate(made)]
 
 
 @functools.cache
 def widening(name: str) -> int:
     """How many times wider than its output an op's inputs are: 2 for a packed tensor."""
+    if find(name).kind != "elementwise":
+        return 1
     inputs = find(name).sample(torch.Size((4,)), torch.float32, "cpu", torch.Generator())
     return 4 // find(name).reference(*inputs, unretained).shape[-1]
 
@@ -106,3 +109,8 @@ def assert_near(ours: torch.Tensor, eagers: torch.Tensor, scale: float = 1.0) ->
         top = eagers.detach().abs().nan_to_num(0, 0, 0).max().item()
         bound = 4 * torch.finfo(eagers.dtype).eps * max(top, 1e-3) * scale
         torch.testing.assert_close(ours, eagers, rtol=0, atol=bound, equal_nan=True)
+
+
+def several(outputs: Any) -> tuple[torch.Tensor, ...]:
+    """The outputs of an op of one or of several."""
+    return outputs if isinstance(outputs, tuple) else (outputs,)

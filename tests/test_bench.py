@@ -95,8 +95,8 @@ def test_on_a_gpu_bandwidth_is_the_devices_time_and_the_cost_of_a_call_the_hosts
     gpu = MadeUpGpu(host=50e-6, device=5e-6)
     monkeypatch.setattr(HostStopwatch.__init__, "__defaults__", (lambda: None, lambda: gpu.now))
     stopwatch, calls, rounds = prepare(batch := rotation([gpu.call]), 2, gpu, bandwidth, quick=False)
-    assert 90 <= calls <= 100
-    assert rounds > 10
+    assert 15 <= calls <= 100
+    assert rounds >= 5
     assert stopwatch.seconds(batch, calls) == pytest.approx(expected, rel=0.01)
 
 
@@ -189,6 +189,17 @@ def test_what_is_timed_is_right_at_every_call(job: Job, variant: str, path: Any)
             assert len(got) == 2
 
 
+@pytest.mark.parametrize("job", jobs(MUL_SIN, "host"), ids=str)
+@pytest.mark.parametrize("variant", ["retainops", "eager"])
+def test_a_step_is_right_at_every_call(job: Job, variant: str, path: Any) -> None:
+    case = Case(MUL_SIN, "fp32", SMALL, job, variant)
+    a, b = inputs = _leaves(case, path.device)
+    dc = (a * b).detach().cos()
+    call = case.build()(inputs)
+    for _ in range(3):
+        torch.testing.assert_close(call(), (dc * b, dc * a, *([dc] if job.point else [])))
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch's own, when the compiler is first imported
 @pytest.mark.usefixtures("fixed_dy")
 @pytest.mark.parametrize("direction", ["forward", "backward"])
@@ -220,7 +231,7 @@ def test_a_peer_in_the_table_is_measured(monkeypatch: pytest.MonkeyPatch) -> Non
     )
     assert "Absent" not in {c.variant for c in cases(MUL_SIN, "cuda")}
     found = [c for c in cases(MUL_SIN, "cuda") if c.variant == "Peer"]
-    assert {str(c.job) for c in found} == {"forward", "backward"}
+    assert {str(c.job) for c in found} == {"forward", "backward", "step"}
     case = replace(found[0], size=SMALL)
     torch.testing.assert_close(case.build()(inputs := case.inputs("cpu"))(), (inputs[0] * inputs[1]).sin())
 
@@ -229,10 +240,10 @@ def test_a_peer_in_the_table_is_measured(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize("op", list(ops()), ids=lambda op: op.name)
 def test_every_op_is_measured_in_every_job(op: bench_cases.Op, device: str) -> None:
     found = {(c.dtype, c.size.kind, str(c.job)) for c in cases(op, device) if c.variant == "retainops"}
-    expected = {str(job) for job in jobs(op)}
     for dtype in ("fp32", "bf16"):
-        assert {job for d, kind, job in found if (d, kind) == (dtype, "bandwidth")} == expected
-    assert {job for _, kind, job in found if kind == "host"} == expected
+        assert {job for d, kind, job in found if (d, kind) == (dtype, "bandwidth")} == set(map(str, jobs(op)))
+    thorough = op.name in bench_cases.THOROUGHLY
+    assert {job for _, kind, job in found if kind == "host"} == set(map(str, jobs(op, "host") if thorough else ()))
     names = [str(c) for c in cases(op, device)]
     assert len(set(names)) == len(names)
 
@@ -392,6 +403,10 @@ def test_a_run_is_what_it_was_after_a_save(run: record.Run, tmp_path: Path) -> N
     assert record.Run.load(tmp_path / record.FILE) == run
 
 
+def test_a_case_that_an_interrupt_cut_short_is_left_out() -> None:
+    assert record.rows([{"extra_info": {"op": "mul_sin"}, "stats": {}}]) == []
+
+
 @pytest.mark.parametrize(("on_gpu", "seconds", "said"), [(True, 3.0, "Medians"), (False, 1.0, "fastest round")])
 def test_a_gpus_median_and_a_cpus_fastest_round_count(
     on_gpu: bool, seconds: float, said: str, run: record.Run, monkeypatch: pytest.MonkeyPatch
@@ -440,7 +455,7 @@ def test_the_results_in_the_repository_can_be_read() -> None:
     for folder in report.find(report.RESULTS):
         kept = record.Run.load(folder)
         assert kept.rows
-        assert (folder / record.FILE).stat().st_size < 100_000
+        assert (folder / record.FILE).stat().st_size < 500_000
         assert "µs" in report.markdown(kept)
 
 

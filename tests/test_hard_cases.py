@@ -153,7 +153,7 @@ def test_a_buffer_that_is_the_incoming_gradient(path: Path) -> None:
 
 
 def test_a_backward_that_fails_leaves_no_gradient_in_a_buffer(kernels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from retainops.ops import _operands
+    from retainops.ops import _launch
 
     def no_memory(*_: object) -> None:
         raise torch.OutOfMemoryError
@@ -163,7 +163,7 @@ def test_a_backward_that_fails_leaves_no_gradient_in_a_buffer(kernels: Path, mon
     kept = ro.Retained(c=ro.Into(torch.full((3, 4), 9.0, device=kernels.device)))
     y = ro.mul_sin(a, b, retain=kept)
     with monkeypatch.context() as patch:
-        patch.setattr(_operands, "walk", no_memory)
+        patch.setattr(_launch, "walk", no_memory)
         with pytest.raises(torch.OutOfMemoryError):
             y.sum().backward(retain_graph=True)
     assert kept.c.grad is None

@@ -13,7 +13,19 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 # The floors, from the ground. A module may import from its own floor and from those below.
-FLOORS = ["kernels", "_version", "stats", "parcel", "buffers", "slots", "retained", "registry", "points", "dispatch"]
+FLOORS = [
+    "kernels",
+    "_version",
+    "stats",
+    "parcel",
+    "buffers",
+    "slots",
+    "retained",
+    "samples",
+    "registry",
+    "points",
+    "dispatch",
+]
 FLOORS += ["ops", "pointwise", "fuse", "nn", "models", "testing", "integrations", "cli"]
 
 

@@ -22,7 +22,8 @@ def points(
     Example: retainops points mul_sin
     """
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for name in ("op, and its points", "formula", "shape", "ask with"):
+    table.add_column("op, and its points", no_wrap=True)  # names are to be copied
+    for name in ("formula", "shape", "ask with"):
         table.add_column(name)
     for record in [found_op(op)] if op else registry.ops():
         table.add_row(Text(record.name, style="bold"), Text(record.formula))

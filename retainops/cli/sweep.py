@@ -171,7 +171,12 @@ def _inputs(op: Op, dtype: torch.dtype, size: torch.Size, device: str) -> tuple[
         op.sample(shape, dtype, device, torch.Generator().manual_seed(0))
         for shape in (size, torch.Size((*size[:-1], 2 * size[-1])))
     )
-    return wider if not _eager_takes(op, given) and _eager_takes(op, wider) else given
+    chosen = wider if not _eager_takes(op, given) and _eager_takes(op, wider) else given
+    if op.constants:  # what has no gradient on the kernels must not ask for one, or the reference would be checked
+        for i, x in enumerate(chosen):
+            if isinstance(x, torch.Tensor) and x.is_floating_point() and i not in op.constants:
+                x.requires_grad_()
+    return chosen
 
 
 def _eager_takes(op: Op, inputs: tuple[Any, ...]) -> bool:

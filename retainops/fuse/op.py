@@ -47,10 +47,10 @@ class OnKernels(Pointwise):
         found = dict(zip(self._generated.graded, grads, strict=True))
         return [found[i].finish() if i in found else None for i in range(len(inputs))]
 
-    def forward_kernel(self, inputs: int) -> tuple[Any, dict[str, Any]]:
+    def forward_kernel(self, inputs: int, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
         return self.maths()[0], {}
 
-    def backward_kernel(self, inputs: int, grads: int, points: int) -> tuple[Any, dict[str, Any]]:
+    def backward_kernel(self, inputs: int, grads: int, points: int, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
         return self.maths()[1], {}
 
 
@@ -161,5 +161,5 @@ def _sample(
     default = traced.parameters[i].default
     if default is not traced.parameters[i].empty:
         return default
-    x = torch.randn(shape, generator=generator, dtype=torch.float64).to(device)
+    x = torch.randn(shape, generator=generator, device=generator.device, dtype=torch.float64).to(device)
     return x > 0 if traced.inputs[i] in traced.conditions else x.to(dtype)

@@ -2,22 +2,36 @@
 
 from retainops.nn.chains import BiasDropoutAdd, Mish, ScaleShift, SoftCap, SquaredReLU
 from retainops.nn.gated import GEGLU, GLU, GatedMLP, ReGLU, SwiGLU
+from retainops.nn.loss import CrossEntropyLoss, LinearCrossEntropyLoss
 from retainops.nn.mul_sin import MulSin, Siren
+from retainops.nn.norm import AddLayerNorm, AddRMSNorm, GroupNorm, LayerNorm, RMSNorm
 from retainops.nn.point import HoldsPoints, Point
+from retainops.nn.rope import Rope
+from retainops.nn.softmax import LogSoftmax, Softmax
 
 __all__ = [
     "GEGLU",
     "GLU",
+    "AddLayerNorm",
+    "AddRMSNorm",
     "BiasDropoutAdd",
+    "CrossEntropyLoss",
     "GatedMLP",
+    "GroupNorm",
     "HoldsPoints",
+    "LayerNorm",
+    "LinearCrossEntropyLoss",
+    "LogSoftmax",
     "Mish",
     "MulSin",
     "Point",
+    "RMSNorm",
     "ReGLU",
+    "Rope",
     "ScaleShift",
     "Siren",
     "SoftCap",
+    "Softmax",
     "SquaredReLU",
     "SwiGLU",
 ]

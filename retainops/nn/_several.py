@@ -12,7 +12,7 @@ from retainops.points import tap
 from retainops.registry import Op
 from retainops.retained import Retained
 from retainops.slots import Slot
-from retainops.stats import Stats
+from retainops.stats import Part, Stats
 
 
 def call_with_several(op: Op, inputs: tuple[Any, ...], requests: Sequence[Retained]) -> torch.Tensor:
@@ -58,7 +58,7 @@ class Joined(Slot):
         self._leaf = Join.apply(self.slots, op, *leaves)
         return self._leaf
 
-    def merge(self, parts: Mapping[str, torch.Tensor], leaf: torch.Tensor | None = None) -> None:
+    def merge(self, parts: Mapping[str, Part], leaf: torch.Tensor | None = None) -> None:
         for slot in self.slots:
             if isinstance(slot.want, Stats):
                 slot.merge({name: parts[name] for name in slot.want.parts})

@@ -79,7 +79,7 @@ def refuses_dtypes(*inputs: Any) -> str | None:
 
 
 def check_norm(op: str, x: Any, eps: Any, offset: Any = 0.0, **others: Any) -> None:
-    """Inputs of a norm over the last dim of x: weight and bias of its size, a residual of its shape.
+    """Inputs of a norm over the last dim of x: weight and bias of its size, a residual that broadcasts with x.
 
     Raises:
         TypeError: an input is not a tensor (or None, of `others`), eps or offset is not a number, or x is of an
@@ -89,7 +89,7 @@ def check_norm(op: str, x: Any, eps: Any, offset: Any = 0.0, **others: Any) -> N
     """
     if torch.compiler.is_compiling():
         return
-    tensors = {"x": x, **{name: t for name, t in others.items() if t is not None}}
+    tensors = {"x": x, **{name: t for name, t in others.items() if t is not None or name == "residual"}}
     for name, t in tensors.items():
         if hasattr(type(t), "__torch_function__") and not isinstance(t, torch.Tensor):
             return  # a stand-in for a tensor, as above
@@ -102,13 +102,18 @@ def check_norm(op: str, x: Any, eps: Any, offset: Any = 0.0, **others: Any) -> N
         raise ValueError(f"{op}: eps is {eps}; expected a number above 0, such as 1e-6")
     if not (x.is_floating_point() or x.is_complex()):
         raise TypeError(f"{op}: x is {x.dtype}; expected a floating-point dtype: convert it with .to(torch.float32)")
-    if not x.dim() or not x.shape[-1]:
-        raise RuntimeError(f"{op}: x has shape {tuple(x.shape)}; expected (..., n) with n above 0: there is no row")
+    shape = x.shape if "residual" not in tensors else _shape_of_sum(op, x, tensors["residual"])
+    if not shape or not shape[-1]:
+        raise RuntimeError(f"{op}: x has shape {tuple(shape)}; expected (..., n) with n above 0: there is no row")
     for name, t in tensors.items():
-        expected = x.shape if name in ("x", "residual") else x.shape[-1:]
-        if t.shape != expected:
+        if name not in ("x", "residual") and t.shape != shape[-1:]:
             raise RuntimeError(
-                f"{op}: {name} has shape {tuple(t.shape)}; expected {tuple(expected)}, since x has {tuple(x.shape)}"
+                f"{op}: {name} has shape {tuple(t.shape)}; expected {tuple(shape[-1:])}, since x has {tuple(shape)}"
             )
         if t.device != x.device:
             raise RuntimeError(f"{op}: {name} is on {t.device} and x on {x.device}; move one of them with .to(device)")
+
+
+def _shape_of_sum(op: str, x: torch.Tensor, residual: torch.Tensor) -> torch.Size:
+    _check_broadcast(op, {"x": x, "residual": residual})
+    return torch.broadcast_shapes(x.shape, residual.shape)

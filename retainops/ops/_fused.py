@@ -19,7 +19,8 @@ from retainops.slots import Slot
 class Kernels(Protocol):
     """How an op runs on its kernels.
 
-    A room that runs elsewhere too says what memory it can read, by an attribute `reads`; default: `dispatch.plain`.
+    A room that runs elsewhere too says what memory it can read, by an attribute `reads`; default: `dispatch.plain`. One
+    that keeps a point in the place of an input may need a `through_reference` of its own.
     """
 
     def keeps(self, inputs: Sequence[Any], outputs: Sequence[torch.Tensor | None], values: bool) -> Sequence[Any]:
@@ -74,7 +75,8 @@ class Fused(torch.autograd.Function):
         leaves = {p.name: ctx.leaves[p.name] for p, want in zip(op.points, wanted, strict=True) if want}
         if not kernels_can(*dys, readable=getattr(ctx.kernels, "reads", dispatch.plain)):
             with ctx.autocast():  # whatever is in force around this backward
-                return *none, *through_reference(op, inputs[: ctx.count], needed, ctx.slots, ctx.leaves, dys)
+                by_reference = getattr(ctx.kernels, "through_reference", through_reference)
+                return *none, *by_reference(op, inputs[: ctx.count], needed, ctx.slots, ctx.leaves, dys)
         return *none, *ctx.kernels.backward(op, inputs, dys, needed, ctx.slots, leaves)
 
 
@@ -131,9 +133,11 @@ def through_reference(
         # A view for each use: mul_sin(a, a) has two gradients to return, not their sum twice.
         whole = [x.zeros() if isinstance(x, Unread) else x for x in inputs]
         own = [_own_view(x, create_graph) if need else x for x, need in zip(whole, needed, strict=True)]
-        outputs = several(op.reference(*own, reader(op.name, slots, leaves)))
+        # Of the leaves, too: through an output that was kept in the place of an input, this very node leads to them.
+        views = {name: leaf.view_as(leaf) for name, leaf in leaves.items()}
+        outputs = several(op.reference(*own, reader(op.name, slots, leaves, views)))
         arrived = [(y, dy) for y, dy in zip(outputs, dys, strict=True) if dy is not None and y.requires_grad]
-        wanted = [x for x, need in zip(own, needed, strict=True) if need] + list(leaves.values())
+        wanted = [x for x, need in zip(own, needed, strict=True) if need] + list(views.values())
         y, dy = zip(*arrived, strict=True)
         found = iter(torch.autograd.grad(y, wanted, dy, create_graph=create_graph, allow_unused=True))
     grads = [next(found) if need else None for need in needed]

@@ -1,27 +1,39 @@
-"""What is handed to a pointwise kernel: inputs to read, gradients and points to write; and the launch itself."""
+"""What is handed to a kernel: inputs to read, gradients and points to write.
+
+Most of an argument follows from the layouts of the tensors alone: its *place*, which is worked out once for each `key`.
+What is left to do at every launch is to put the pointers in.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import numbers
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple, cast
 
 import torch
-import triton.language as tl
 
-from retainops.buffers import share_memory
+from retainops.kernels.points import WARPS as _WARPS
 from retainops.kernels.points import Retained, Stats
 from retainops.kernels.tiles import Operand
 from retainops.ops._saved import Unread
-from retainops.ops._walk import Walk, merged_strides, own_strides, shares, strides_in, walk
+from retainops.ops._walk import Walk, merged_strides, own_strides, shares, strides_in
 from retainops.slots import Slot
-from retainops.stats import HIST_BINS, count, parts_of
+from retainops.stats import HIST_BINS, Part, Shared, count, parts_of
 
+WARPS = _WARPS.value
 NOTHING = Operand(None, ())
+ZERO = Operand(None, (), number=0.0)
 NO_STATS = Stats()
 NOT_RETAINED = Retained(None, (), None, NO_STATS)
+
+
+ALIGNED = 16
+"""Bytes: Triton compiles a kernel for pointers that divide by this, and another one for others."""
+
+
+def layout_of(x: torch.Tensor) -> Hashable:
+    """All that a launch depends on of a tensor in its memory."""
+    return x.shape, x.stride(), x.dtype, x.data_ptr() % ALIGNED == 0
 
 
 class Seed(NamedTuple):
@@ -30,27 +42,50 @@ class Seed(NamedTuple):
     tensor: torch.Tensor
     shape: torch.Size
 
+    def key(self) -> Hashable:
+        """All that its place depends on."""
+        return self.shape
 
-def operand(way: Walk, shape: torch.Size, x: Any) -> Operand:
-    """An input, or an output (None: that nobody wants), as the kernels take it."""
-    if x is None:
-        return NOTHING
-    if isinstance(x, Seed):
-        return _random(way, merged_strides(way, own_strides(x.shape, shape)), x.tensor)
-    if isinstance(x, Unread):
-        return Operand(None, (), number=0.0)
+    def place(self, way: Walk, shape: torch.Size) -> tuple[Any, ...]:
+        """Strides; and 1 for numbers four at a time: where each row of a tile starts at a multiple of four."""
+        strides = merged_strides(way, own_strides(self.shape, shape))
+        *others, last = (s or 0 for s in strides)
+        if last != 1 or way.block[1] % 4 or any(s % 4 for s in others):
+            return strides, None
+        return (*(s and s // 4 for s in strides[:-1]), 1), 1
+
+    def operand(self, place: tuple[Any, ...], held: torch.dtype) -> Operand:
+        """What the kernel takes."""
+        strides, quads = place
+        return Operand(None, strides, seed=self.tensor, quads=quads)
+
+
+def key_of(x: Any) -> Hashable:
+    """What an operand's argument depends on, besides pointers and numbers."""
+    kind = type(x)
+    if kind is torch.Tensor or kind is torch.nn.Parameter:
+        return x.shape, x.stride(), x.dtype, x.data_ptr() % ALIGNED == 0
+    return cast(Hashable, x.key() if hasattr(kind, "key") else kind)
+
+
+def maker_of(way: Walk, shape: torch.Size, x: Any, held: torch.dtype) -> Callable[[Any], Any]:
+    """What makes the kernel's argument of an operand of this key, as the kernel walks over the shape."""
     if isinstance(x, torch.Tensor):
-        return Operand(x, merged_strides(way, strides_in(x, shape)))
-    return Operand(None, (), number=ctypes.c_float(x).value)  # beyond float32 it is inf, as in eager
+        place = strides_of(way, shape, x)
+        return lambda x: Operand(x, place)
+    if hasattr(x, "place"):
+        place = x.place(way, shape)
+        return lambda x: x.operand(place, held)
+    if x is None:  # an input that is not there, an output that nobody wants, a point that nobody asked for
+        return lambda x: NOT_RETAINED
+    if isinstance(x, Unread):
+        return lambda x: ZERO
+    return lambda x: Operand(None, (), number=ctypes.c_float(x).value)  # beyond float32 it is inf, as in eager
 
 
-def _random(way: Walk, strides: tuple[int | None, ...], seed: torch.Tensor) -> Operand:
-    """Random numbers; four at a time where each row of a tile starts at a multiple of four and is numbered in order."""
-    *others, last = (s or 0 for s in strides)
-    if last != 1 or way.block[1] % 4 or any(s % 4 for s in others):
-        return Operand(None, strides, seed=seed)
-    counters = tuple(s and s // 4 for s in strides[:-1])
-    return Operand(None, (*counters, 1), seed=seed, quads=1)
+def strides_of(way: Walk, shape: torch.Size, x: torch.Tensor) -> tuple[int | None, ...]:
+    """A tensor's strides as the kernel walks over the shape."""
+    return merged_strides(way, strides_in(x, shape))
 
 
 class Grad:
@@ -80,11 +115,23 @@ class Grad:
         self.summed = [x.shape] if self.is_summed else []
         self.partial: torch.Tensor | None = None
 
-    def operand(self, way: Walk, held: torch.dtype) -> Operand:
+    def key(self) -> Hashable:
+        """All that its place depends on."""
+        if self.is_summed:
+            return self.x.shape
+        return None if self.tensor is None else layout_of(self.tensor)
+
+    def place(self, way: Walk, shape: torch.Size) -> Any:
+        """What its argument is, besides pointers."""
+        if self.is_summed:
+            return shares(way, self.shape, self.x.shape)
+        return None if self.tensor is None else strides_of(way, self.shape, self.tensor)
+
+    def operand(self, place: Any, held: torch.dtype) -> Operand:
         """What the kernel writes to."""
         if not self.is_summed:
-            return operand(way, self.shape, self.tensor)
-        rows, size, strides, tiles = shares(way, self.shape, self.x.shape)
+            return NOTHING if self.tensor is None else Operand(self.tensor, place)
+        rows, size, strides, tiles = place
         self.partial = torch.empty((rows, size), dtype=held, device=self.x.device)
         return Operand(self.partial, strides, tiles)
 
@@ -119,6 +166,7 @@ class Kept:
         self.slot, self.leaf, self.broadcast = slot, leaf, broadcast or leaf.shape
         self.shape, self.dtype, self.device = leaf.shape, leaf.dtype, leaf.device
         self.tensor, self.accumulate, self.returned, self.stats = slot.answer(op, self.shape, self.dtype, self.device)
+        self.is_into = self.tensor is not None and self.returned is None
         self.summed: list[torch.Size] = []
         self.partials: dict[str, torch.Tensor] = {}
         if self.stats is not None:
@@ -126,19 +174,35 @@ class Kept:
             # Rows keep their dims where they are: the small shape must broadcast to the shape.
             self.summed = [torch.Size((*self.small, 1)) if self.stats.over == "rows" else self.small]
 
-    def operand(self, way: Walk, held: torch.dtype) -> Retained:
-        """What the kernel writes to."""
-        ptr, strides, *_ = operand(way, self.broadcast, self.tensor)
+    def key(self) -> Hashable:
+        """All that its place depends on."""
+        stats = self.stats and (self.stats.parts, self.stats.over)
+        return self.shape, self.broadcast, self.tensor is not None and layout_of(self.tensor), self.accumulate, stats
+
+    def place(self, way: Walk, shape: torch.Size) -> Any:
+        """Strides of the gradient, where shares of statistics go, and how many tiles there are."""
+        strides = () if self.tensor is None else strides_of(way, self.broadcast, self.tensor)
         if self.stats is None:
-            return Retained(ptr, strides, 1 if self.accumulate else None, NO_STATS)
-        rows, size, at, tiles = shares(way, self.broadcast, self.summed[0])
+            return strides, None, None, None
+        sums, tiles = shares(way, self.broadcast, self.summed[0]), way.grid[0]
+        by_warp = sums.size == 1 and sums.rows == tiles and way.block[0] == 1 and way.warps == WARPS
+        # Two accesses of each of 32 lanes; of float64 it takes more, and the trick fails.
+        by_warp = by_warp and way.block[1] >= 64 * WARPS and self.dtype != torch.float64
+        return strides, sums._replace(rows=tiles * WARPS) if by_warp else sums, tiles, 1 if by_warp else None
+
+    def operand(self, place: Any, held: torch.dtype) -> Retained:
+        """What the kernel writes to."""
+        strides, sums, grid, by_warp = place
+        if sums is None or self.stats is None:
+            return Retained(self.tensor, strides, 1 if self.accumulate else None, NO_STATS)
+        rows, size, at, tiles = sums
         for part in self.stats.parts:
             if part == "hist":
-                self.partials[part] = torch.empty((*way.grid, HIST_BINS), dtype=torch.int32, device=self.device)
+                self.partials[part] = torch.empty((grid, HIST_BINS), dtype=torch.int32, device=self.device)
             elif part != "count":
                 dtype = torch.int32 if part == "nonfinite" else held
                 self.partials[part] = torch.empty((rows, size), dtype=dtype, device=self.device)
-        return Retained(ptr, strides, None, Stats(**self.partials, strides=at, tiles=tiles))
+        return Retained(self.tensor, strides, None, Stats(**self.partials, strides=at, tiles=tiles, by_warp=by_warp))
 
     def finish(self) -> torch.Tensor | None:
         """Tell the slot what was written, once it is; the gradient to return to autograd for it."""
@@ -149,17 +213,14 @@ class Kept:
                 found = parts_of(self.stats.parts, self.stats.over, like, like)
                 self.slot.merge(dict(zip(self.stats.parts, found, strict=True)), self.leaf)
             else:
-                parts = {part: self._reduce(part) for part in self.partials}
+                parts: dict[str, Part] = {name: Shared(name, t, self._shape(name)) for name, t in self.partials.items()}
                 if "count" in self.stats.parts:
                     parts["count"] = count(like, self.stats.over)
                 self.slot.merge(parts, self.leaf)
         return self.returned
 
-    def _reduce(self, part: str) -> torch.Tensor:
-        partial = self.partials[part]
-        if part == "amax":
-            return partial.amax(0).view(self.small)
-        return partial.sum(0).view(HIST_BINS if part == "hist" else self.small)
+    def _shape(self, part: str) -> torch.Size:
+        return torch.Size([HIST_BINS]) if part == "hist" else self.small
 
 
 class KeptSum:
@@ -178,102 +239,20 @@ class KeptSum:
         self.grad = Grad(leaf, shape, True)
         self.tensor, self.returned, self.summed = None, None, self.grad.summed
 
-    def operand(self, way: Walk, held: torch.dtype) -> Retained:
+    def key(self) -> Hashable:
+        """All that its place depends on."""
+        return self.grad.key()
+
+    def place(self, way: Walk, shape: torch.Size) -> Any:
+        """What its argument is, besides pointers."""
+        return self.grad.place(way, shape)
+
+    def operand(self, place: Any, held: torch.dtype) -> Retained:
         """What the kernel writes to."""
-        ptr, strides, tiles, *_ = self.grad.operand(way, held)
+        ptr, strides, tiles, *_ = self.grad.operand(place, held)
         return Retained(ptr, strides, None, NO_STATS, tiles)
 
     def finish(self) -> torch.Tensor | None:
         """Hand the gradient to the slot; what to return to autograd for it."""
         value = self.value() if "act_grad" in self.slot.parts else None
         return self.slot.deposit(self.op, self.grad.sum(), value, self.leaf)
-
-
-def launch(
-    kernel: Any,
-    shape: torch.Size,
-    dtype: torch.dtype,
-    *operands: Any,
-    walked: Callable[..., Walk] | None = None,
-    programs: Callable[[Walk], int] | None = None,
-    **constants: Any,
-) -> None:
-    """Launch a kernel of the form kernel(*operands, SHAPE, DTYPE, BLOCK_M, BLOCK_N, **constants) over a shape.
-
-    Args:
-        kernel: the Triton kernel.
-        shape: the shape that all operands broadcast to.
-        dtype: the result's, which decides the dtype of interiors.
-        *operands: in the kernel's order, each one or a tuple of them: what is read (tensors, numbers, `Seed`,
-            `Unread`), gradients to write (`Grad`), points (`Kept`, `KeptSum`, or None where nobody asked).
-        walked: how to walk the tensors, from what `walk` takes; default: `walk`.
-        programs: how many programs a walk is shared by; default: each tile has its own.
-        **constants: the kernel's own.
-    """
-    if not shape.numel():
-        return
-    held = torch.promote_types(dtype, torch.float32)
-    device = next(x.device for x in _flat(operands) if isinstance(x, (torch.Tensor, Unread)))
-    given = _apart(operands)
-    if held == torch.float64:  # Triton passes numbers as float32
-        given = _each(given, lambda x: _tensor(x, held, device) if isinstance(x, numbers.Real) else x)
-    flat = _flat(given)
-    written = [x for x in flat if hasattr(x, "operand")]
-    tensors = [t for x in flat if isinstance(t := getattr(x, "tensor", x), torch.Tensor) and not isinstance(x, Seed)]
-    summed = [small for x in written for small in x.summed]
-    gradients = [small for x in written if isinstance(x, Grad) for small in x.summed]
-    numbered = [x.shape for x in flat if isinstance(x, Seed)]
-    way = (walked or walk)(shape, tensors, summed, numbered, gradients)
-
-    def passed(x: Any) -> Any:
-        if hasattr(x, "operand"):
-            return x.operand(way, held)
-        return NOT_RETAINED if x is None else operand(way, shape, x)
-
-    with on_device(device):
-        kernel[(programs(way),) if programs else way.grid](
-            *_each(given, passed),
-            way.shape,
-            tl.float64 if held == torch.float64 else tl.float32,
-            *way.block,
-            **constants,
-            num_warps=way.warps,
-        )
-
-
-def triton_dtype(x: torch.Tensor) -> tl.dtype:
-    """A tensor's dtype, as a constant of a kernel."""
-    return getattr(tl, str(x.dtype).removeprefix("torch."))
-
-
-def _tensor(x: Any, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    return torch.full((), x, dtype=dtype, device=device)
-
-
-def _flat(operands: Sequence[Any]) -> list[Any]:
-    return [x for group in operands for x in (group if type(group) is tuple else (group,))]
-
-
-def _each(operands: Sequence[Any], change: Callable[[Any], Any]) -> tuple[Any, ...]:
-    return tuple(tuple(map(change, x)) if type(x) is tuple else change(x) for x in operands)
-
-
-def _apart(operands: Sequence[Any]) -> Sequence[Any]:
-    """The operands of a backward, with a copy of what an `Into` buffer shares memory with: programs would race."""
-    kept = [x for x in _flat(operands) if isinstance(x, Kept)]
-    buffers = [x.tensor for x in kept if x.tensor is not None and x.returned is None]
-    if not buffers:
-        return operands
-
-    def apart(x: Any) -> Any:
-        shared = isinstance(x, torch.Tensor) and any(share_memory(x, buffer) for buffer in buffers)
-        return x.clone() if shared else x
-
-    return _each(operands, apart)
-
-
-def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Make a GPU the current one: Triton launches there, whatever the tensors say."""
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        return torch.cuda.device(device)
-    return contextlib.nullcontext()

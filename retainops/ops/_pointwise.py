@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,10 +19,18 @@ from retainops.slots import Slot
 
 if HAS_TRITON:
     from retainops.kernels import pointwise as kernels
-    from retainops.ops._operands import Grad, Kept, KeptSum, launch
+    from retainops.ops._launch import launch
+    from retainops.ops._operands import Grad, Kept, KeptSum
 
 Maths = Callable[[], tuple[Any, Any]]
 """Makes the `@triton.jit` functions (FORWARD, BACKWARD) that kernels/pointwise.py describes."""
+
+
+def functions_of(module: str, *names: str, narrow: bool = False) -> tuple[Any, ...]:
+    """Functions of a module of kernels/, by name; narrow: those of kernels/narrow.py, as far as it has them."""
+    wide = importlib.import_module(f"retainops.kernels.{module}")
+    first = importlib.import_module("retainops.kernels.narrow") if narrow else wide
+    return tuple(getattr(first, name, getattr(wide, name)) for name in names)
 
 
 DY = -1
@@ -37,12 +46,19 @@ class Pointwise:
         unread: places of inputs that backward does not read.
         equal: from the place of an input to that of another one, or DY, which has the same gradient where none of them
             is broadcast: it is returned for both, as eager PyTorch does, and written once.
+        narrow: makes those of its functions that are for results of 16 bits; default: `maths`.
     """
 
     def __init__(
-        self, maths: Maths, grads: int, unread: Sequence[int] = (), equal: Mapping[int, int] | None = None
+        self,
+        maths: Maths,
+        grads: int,
+        unread: Sequence[int] = (),
+        equal: Mapping[int, int] | None = None,
+        narrow: Maths | None = None,
     ) -> None:
         self.maths = functools.cache(maths)
+        self.narrow = functools.cache(narrow) if narrow else None
         self.grads = grads
         self.unread = unread
         self.equal = equal or {}
@@ -65,18 +81,22 @@ class Pointwise:
 
     def forward(self, inputs: Sequence[Any], layout: Plan) -> tuple[torch.Tensor, ...]:
         y, x = layout.empty(), self.operands(inputs)
-        kernel, constants = self.forward_kernel(len(x))
+        kernel, constants = self.forward_kernel(len(x), y.dtype)
         launch(kernel, y.shape, y.dtype, x, y, **constants)
         return (y,)
 
-    def forward_kernel(self, inputs: int) -> tuple[Any, dict[str, Any]]:
+    def functions(self, dtype: torch.dtype) -> tuple[Any, Any]:
+        """FORWARD and BACKWARD for results of this dtype."""
+        return self.narrow() if self.narrow and dtype.itemsize == 2 else self.maths()
+
+    def forward_kernel(self, inputs: int, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
         """The kernel, and what it takes besides operands and tiles."""
-        forward, _ = self.maths()
+        forward, _ = self.functions(dtype)
         return kernels.pointwise_fwd_kernel, {"FORWARD": forward, "INPUTS": inputs}
 
-    def backward_kernel(self, inputs: int, grads: int, points: int) -> tuple[Any, dict[str, Any]]:
+    def backward_kernel(self, inputs: int, grads: int, points: int, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
         """The same for the backward kernel."""
-        _, backward = self.maths()
+        _, backward = self.functions(dtype)
         counts = {"INPUTS": inputs, "GRADS": grads, "POINTS": points}
         return kernels.pointwise_bwd_kernel, {"BACKWARD": backward, **counts}
 
@@ -95,7 +115,7 @@ class Pointwise:
         written = [need and i not in shared for i, need in enumerate(needed)]
         x, dx = self.operands(inputs), self.gradients(inputs, dy.shape, written)
         dc = tuple(_kept(op, inputs, slots, leaves, p.name, dy.shape) for p in op.points)
-        kernel, constants = self.backward_kernel(len(x), len(dx), len(dc))
+        kernel, constants = self.backward_kernel(len(x), len(dx), len(dc), dy.dtype)
         # A kernel takes no empty tuple: one point that nobody asked for stands for none.
         launch(kernel, dy.shape, dy.dtype, x, dy, dx, dc or (None,), **constants)
         grads = self.returned(dx, inputs)
@@ -198,7 +218,10 @@ def normal(tensors: int, *others: Any) -> Callable[..., tuple[Any, ...]]:
     """The `sample` of an op that takes this many tensors of one shape, and then `others`."""
 
     def sample(shape: torch.Size, dtype: torch.dtype, device: str, generator: torch.Generator) -> tuple[Any, ...]:
-        drawn = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(tensors))
+        drawn = (
+            torch.randn(shape, generator=generator, dtype=torch.float64, device=generator.device)
+            for _ in range(tensors)
+        )
         return *(x.to(device, dtype) for x in drawn), *others
 
     return sample

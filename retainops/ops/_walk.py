@@ -54,7 +54,8 @@ def walk(
     sizes = tuple(size for _, size in merged)
     rows, columns = merged[-2][0], merged[-1][0]
     tall = any(_sums(x, shape, rows) and not _sums(x, shape, columns) for x in gradients or summed)
-    block, warps = _block(sizes[-2], sizes[-1], tall)
+    elements = ELEMENTS * (2 if max(t.element_size() for t in tensors) <= 2 else 1)
+    block, warps = _block(sizes[-2], sizes[-1], tall, elements)
     programs = -(-sizes[-2] // block[0]) * -(-sizes[-1] // block[1])
     for size in sizes[:-2]:
         programs *= size
@@ -98,19 +99,23 @@ def _sums(small: torch.Size, shape: torch.Size, dims: tuple[int, ...]) -> bool:
     return bool(dims) and all(d < len(shape) - len(small) or small[d - len(shape)] == 1 for d in dims)
 
 
-def _block(m: int, n: int, tall: bool) -> tuple[tuple[int, int], int]:
+ELEMENTS = 1024
+"""Of a tile in 4 warps: 8 a thread, so two 128-bit accesses of float32. Of 16-bit tensors twice as many are two."""
+
+
+def _block(m: int, n: int, tall: bool, elements: int) -> tuple[tuple[int, int], int]:
     """(BLOCK_M, BLOCK_N) and warps.
 
-    1024 elements in 4 warps are 8 a thread: one 128-bit access in bf16, two in fp32. A sum over rows that keeps the
-    columns wants tall tiles, since every tile leaves one partial row: 1/64 of the elements here.
+    A sum over rows that keeps the columns wants tall tiles, since every tile leaves one partial row: 1/64 of the
+    elements here.
     """
     if tall:
         return (min(64, power_of_2(m)), min(64, power_of_2(n))), 8
     if m == 1:
-        return (1, min(1024, power_of_2(n))), 4
+        return (1, min(elements, power_of_2(n))), 4
     # Rows are cut where the last tile wastes the fewest lanes.
     block_n = min((1024, 512, 256), key=lambda b: (-(-n // b) * b, -b)) if n > 256 else power_of_2(n)
-    return (min(1024 // block_n, power_of_2(m)), block_n), 4
+    return (min(elements // block_n, power_of_2(m)), block_n), 4
 
 
 def power_of_2(n: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import numbers
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 
 from retainops.dispatch import run
 from retainops.ops._check import check_elementwise, check_tensor, refuses_dtypes
-from retainops.ops._pointwise import DY, Maths, Pointwise, normal, pointwise
+from retainops.ops._pointwise import DY, Maths, Pointwise, functions_of, normal, pointwise
 from retainops.ops._random import new_seed, uniform
 from retainops.ops.pointwise import FAMILY
 from retainops.registry import Point, PointInfo
@@ -260,13 +261,8 @@ def _sample_with_seed(*where: Any) -> tuple[Any, ...]:
     return *normal(3, 0.25)(*where), torch.tensor(20, device=where[2])
 
 
-def _maths(name: str) -> Maths:
-    def make() -> tuple[Any, Any]:
-        from retainops.kernels import chains
-
-        return getattr(chains, f"{name}_forward"), getattr(chains, f"{name}_backward")
-
-    return make
+def _maths(name: str, narrow: bool = False) -> Maths:
+    return functools.partial(functions_of, "chains", f"{name}_forward", f"{name}_backward", narrow=narrow)
 
 
 def _of(x: str, **interiors: str) -> list[PointInfo]:
@@ -277,7 +273,7 @@ SOFTCAP = pointwise(
     softcap,
     "cap * tanh(x / cap)",
     softcap_reference,
-    Pointwise(_maths("softcap"), grads=2),
+    Pointwise(_maths("softcap"), grads=2, narrow=_maths("softcap", narrow=True)),
     name="softcap",
     points=_of("x and cap, broadcast", c="x / cap"),
     sample=normal(1, 2.5),
@@ -304,7 +300,7 @@ MISH = pointwise(
     mish,
     "x * tanh(softplus(x))",
     mish_reference,
-    Pointwise(_maths("mish"), grads=1),
+    Pointwise(_maths("mish"), grads=1, narrow=_maths("mish", narrow=True)),
     name="mish",
     points=_of("x", s="softplus(x)", t="tanh(s)"),
     sample=normal(1),

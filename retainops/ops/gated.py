@@ -13,7 +13,7 @@ import torch
 
 from retainops.dispatch import run
 from retainops.ops._check import check_elementwise, check_tensor
-from retainops.ops._pointwise import Maths, Pointwise, normal, pointwise
+from retainops.ops._pointwise import Maths, Pointwise, functions_of, normal, pointwise
 from retainops.ops.pointwise import UNARY
 from retainops.registry import Op, Point, PointInfo
 from retainops.retained import Retained
@@ -141,8 +141,8 @@ def halves(op: str, x: Tensor, gate_first: bool) -> tuple[Tensor, Tensor]:
 class Packed(Pointwise):
     """A gated unit of (packed tensor, gate_first): its kernels read and write the halves where they are."""
 
-    def __init__(self, op: str, maths: Maths) -> None:
-        super().__init__(maths, grads=2)
+    def __init__(self, op: str, maths: Maths, narrow: Maths) -> None:
+        super().__init__(maths, grads=2, narrow=narrow)
         self.op = op
 
     def operands(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
@@ -172,7 +172,7 @@ def _gated(name: str, unary: str) -> Op:
         CALLS[name],
         f"{formula} * up",
         reference,
-        Pointwise(_maths("gated", name, unary), grads=2),
+        Pointwise(_maths("gated", name, unary), grads=2, narrow=_maths("gated", name, unary, narrow=True)),
         name=name,
         points=[PointInfo("act", formula, "of gate")],
         sample=normal(2),
@@ -194,19 +194,19 @@ def _packed(name: str, unary: str) -> Op:
         functools.partial(_call_packed, name),
         f"{formula} * up, x = (gate, up)",
         reference,
-        Packed(name, _maths("packed", name, unary)),
+        Packed(name, _maths("packed", name, unary), narrow=_maths("packed", name, unary, narrow=True)),
         name=f"{name}_packed",
         points=[PointInfo(point, value, "(..., n) of (..., 2n)") for point, value in interiors.items()],
         sample=normal(1, name != "glu"),
     )
 
 
-def _maths(form: str, name: str, unary: str) -> Maths:
+def _maths(form: str, name: str, unary: str, narrow: bool = False) -> Maths:
     def make() -> tuple[Any, Any]:
         from retainops.kernels import gated
-        from retainops.kernels import unary as unaries
 
-        return getattr(gated, form)(name, getattr(unaries, unary), getattr(unaries, f"{unary}_grad"))
+        f, f_grad = functions_of("unary", unary, f"{unary}_grad", narrow=narrow)
+        return getattr(gated, form)(name, f, f_grad)
 
     return make
 

@@ -1,6 +1,7 @@
 """Unary of binary: y = f(c), c = a o b, for every f and o of two tables. A row adds an op for each row of the other.
 
-A row's kernels are the functions `f` and `f_grad` of kernels/unary.py, or of kernels/binary.py.
+A row's kernels are the functions `f` and `f_grad` of kernels/unary.py, or of kernels/binary.py. For results of 16 bits
+they are those of kernels/narrow.py, where it has them.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 
 from retainops.dispatch import run
 from retainops.ops._check import check_elementwise
-from retainops.ops._pointwise import Maths, Pointwise, normal, pointwise
+from retainops.ops._pointwise import Maths, Pointwise, functions_of, normal, pointwise
 from retainops.registry import Op, Point, PointInfo
 from retainops.retained import Retained
 
@@ -96,6 +97,7 @@ def unary_of_binary(binary: str, unary: str) -> Op:
             _maths(binary, unary),
             grads=2,
             equal={1: 0} if binary == "add" else None,
+            narrow=_maths(binary, unary, narrow=True),
         ),
         name=op.__name__,
         points=[PointInfo("c", inner, "broadcast of a and b")],
@@ -110,15 +112,13 @@ def _dividend_and_divisor(*where: Any) -> tuple[Any, ...]:
     return a, b + torch.where(b < 0, -0.5, 0.5).to(b.dtype)
 
 
-def _maths(binary: str, unary: str) -> Maths:
+def _maths(binary: str, unary: str, narrow: bool = False) -> Maths:
     def make() -> tuple[Any, Any]:
-        from retainops.kernels import binary as binaries
-        from retainops.kernels import unary as unaries
         from retainops.kernels.pointwise import unary_of_binary
 
-        f, f_grad = getattr(unaries, unary), getattr(unaries, f"{unary}_grad")
-        o, o_grad = getattr(binaries, binary), getattr(binaries, f"{binary}_grad")
-        return unary_of_binary(f"{binary}_{unary}", f, f_grad, o, o_grad)
+        of_unary = functions_of("unary", unary, f"{unary}_grad", narrow=narrow)
+        of_binary = functions_of("binary", binary, f"{binary}_grad", narrow=narrow)
+        return unary_of_binary(f"{binary}_{unary}", *of_unary, *of_binary)
 
     return make
 

@@ -101,4 +101,4 @@ def same_bits(x: torch.Tensor | None, y: torch.Tensor | None) -> bool:
 
 
 def _bytes(x: torch.Tensor) -> torch.Tensor:
-    return x.detach().contiguous().reshape(-1).view(torch.uint8)
+    return x.detach().clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8)

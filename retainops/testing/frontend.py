@@ -7,7 +7,7 @@ that a whole compile takes. It is for tests that execute many kernels and read n
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,6 +25,9 @@ class Translated:
         self.src: Any = src
         self.asm: dict[str, Any] = {}
         self.metadata = SimpleNamespace(name=name)
+
+    def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., None]:
+        return lambda *args: triton.runtime.driver.active.launched(self.src.fn, grid, args, self)
 
     def launch_metadata(self, *_: Any) -> None:
         return None

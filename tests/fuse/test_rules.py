@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import retainops as ro
 from retainops.fuse.rules import FUNCTIONS, HELPERS, METHODS, ROWS, Row
-from tests.conftest import HAS_TRITON, Path
+from tests.conftest import GPU, HAS_TRITON, Path
 
 INF = float("inf")
 NAN = float("nan")
@@ -105,7 +105,7 @@ CASES = [*((1, name) for name in UNARY), *((2, name) for name in BINARY), *((3, 
 over_cases = pytest.mark.parametrize(("count", "name"), CASES, ids=lambda x: x if isinstance(x, str) else None)
 
 # Where functions are delicate: signs of zero, ties, where they saturate or overflow, what has no value.
-SPECIAL = [0.0, -0.0, 0.1, 0.5, -0.5, 1.0, -1.0, 2.0, 20.5, -30.0, 89.0, 1e-30, 1e30, -1e30, INF, -INF, NAN]
+SPECIAL = [0.0, -0.0, 0.1, 0.5, -0.5, 1.0, -1.0, 2.0, 20.5, -30.0, 89.0, 1e-20, 1e30, -1e30, INF, -INF, NAN]
 FEW = [0.0, -0.0, 0.5, 1.0, -1.0, 2.0, 1e30, INF, -INF, NAN]
 FEWEST = [-1.0, 0.0, 0.5, 2.0, INF, NAN]
 
@@ -147,6 +147,8 @@ def test_every_operation_has_a_case() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @over_cases
 def test_values_and_gradients_are_eagers(kernels: Path, count: int, name: str, dtype: torch.dtype) -> None:
+    if GPU and name == "clamp, nan":
+        pytest.skip("PyTorch's CUDA kernel overlooks a bound that is NaN; its CPU kernel does not, nor do these")
     fn = as_function(case(count, name), count)
     ours, theirs = (inputs_of(count, dtype, kernels.device) for _ in range(2))
     kept, fused = ro.Retained("r"), ro.fuse_pointwise(fn)

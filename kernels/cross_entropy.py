@@ -1,0 +1,209 @@
+"""Cross entropy of rows of logits against one class each. docs/ops/cross_entropy.md derives it.
+
+z are the logits after the softcap. Forward goes over each row once and leaves its maximum m and log(sum(exp(z - m)))
+apart: their sum, the log-sum-exp, would round away what z - lse is made of where a class has nearly all probability.
+Backward knows both, so it is elementwise: one read of the logits, one write of their gradient.
+"""
+
+import triton
+import triton.language as tl
+
+from retainops.kernels.points import retain
+from retainops.kernels.rows import columns_inside, row_tile
+from retainops.kernels.tiles import load, offsets, store, store_grad
+from retainops.kernels.unary import divide, tanh
+
+
+@triton.jit
+def cross_entropy_fwd_kernel(
+    X,
+    T,
+    W,
+    WEIGHTS,
+    SMOOTHING,
+    Z_LOSS,
+    CAP,
+    LOSS,
+    MAX,
+    LOGSUM,
+    SHARE,
+    SHAPE,
+    DTYPE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    FIRST,
+    IGNORE,
+    WHOLE: tl.constexpr,
+    SMOOTHED: tl.constexpr,
+    PENALISED: tl.constexpr,
+    CAPPED: tl.constexpr,
+):
+    """The loss of BLOCK_M rows; their maxima, log-sums and weights for backward.
+
+    Not WHOLE: the columns are the classes from FIRST on. In the places of loss, log-sum and weight are then the sum
+    of the (weighted) logits, that of exp(z - m), and z of the target, so far; what follows from them is the host's.
+    """
+    i = tl.program_id(0)
+    at = row_tile(i, 0, SHAPE, BLOCK_M, BLOCK_N)
+    m = tl.full((BLOCK_M, 1), float("-inf"), DTYPE)
+    total = tl.zeros((BLOCK_M, 1), DTYPE)
+    base = tl.zeros((BLOCK_M, 1), DTYPE)
+    rest = tl.zeros((BLOCK_M, 1), DTYPE)
+    if not WHOLE:
+        m = load(MAX, at, SHAPE, DTYPE, BLOCK_M, 1)
+        total = load(LOGSUM, at, SHAPE, DTYPE, BLOCK_M, 1)
+        rest = load(LOSS, at, SHAPE, DTYPE, BLOCK_M, 1)
+    # Before the loop: one load waits for the other, and so both are on their way while the row is read.
+    picked = logit_of_target(X, T, CAP, at, FIRST, SHAPE, DTYPE, BLOCK_M, BLOCK_N, CAPPED)
+    for n in range(0, SHAPE[-1], BLOCK_N):
+        here = row_tile(i, n, SHAPE, BLOCK_M, BLOCK_N)
+        x = load(X, here, SHAPE, DTYPE, BLOCK_M, BLOCK_N)
+        z, _slope = softcapped(x, CAP, here, SHAPE, DTYPE, BLOCK_M, BLOCK_N, CAPPED)
+        ok = columns_inside(here, SHAPE, BLOCK_N)
+        z = tl.where(ok, z, float("-inf"))
+        above = tl.maximum(m, tl.max(z, axis=1, keep_dims=True))
+        total = total * tl.exp(m - finite(above)) + tl.sum(tl.exp(z - finite(above)), axis=1, keep_dims=True)
+        m = above
+        if SMOOTHED:
+            if WHOLE:  # differences from a number near the maximum: a large one in all logits would cancel
+                base = tl.where(n == 0, finite(above), base)
+            terms = weighted(W, z - base, here, SHAPE, DTYPE, BLOCK_M, BLOCK_N)
+            rest += tl.sum(tl.where(ok, terms, 0.0), axis=1, keep_dims=True)
+    t = load(T, at, SHAPE, tl.int64, BLOCK_M, 1)  # again: held through the loop it would cost registers
+    there = (t >= FIRST) & (t - FIRST < SHAPE[-1])
+    if WHOLE:
+        share = tl.full((BLOCK_M, 1), 1.0, DTYPE)
+        if W.ptr is not None:
+            share = load_class(W, t, there, 0, at, SHAPE, DTYPE, BLOCK_M)
+        # What is no class is not looked up: it weighs NaN, and with it the loss and the gradient.
+        share = tl.where(t != IGNORE, tl.where(there, share, float("nan")), 0.0)
+        logsum = tl.log(total)
+        smoothing = load(SMOOTHING, at, SHAPE, DTYPE, BLOCK_M, BLOCK_N)
+        loss = (1.0 - smoothing) * share * (logsum - (picked - m))
+        if SMOOTHED:
+            weights = load(WEIGHTS, at, SHAPE, DTYPE, BLOCK_M, BLOCK_N)
+            loss += smoothing / SHAPE[-1] * (weights * (logsum + (m - base)) - rest)
+        if PENALISED:
+            loss += load(Z_LOSS, at, SHAPE, DTYPE, BLOCK_M, BLOCK_N) * ((m + logsum) * (m + logsum))
+        store(LOSS, tl.where(t != IGNORE, loss, 0.0), at, SHAPE, BLOCK_M, 1)
+        store(LOGSUM, logsum, at, SHAPE, BLOCK_M, 1)
+        store(SHARE, share, at, SHAPE, BLOCK_M, 1)
+    else:
+        store(LOSS, rest, at, SHAPE, BLOCK_M, 1)
+        store(LOGSUM, total, at, SHAPE, BLOCK_M, 1)
+        store(SHARE, tl.where(there, picked, load(SHARE, at, SHAPE, DTYPE, BLOCK_M, 1)), at, SHAPE, BLOCK_M, 1)
+    store(MAX, m, at, SHAPE, BLOCK_M, 1)
+
+
+@triton.jit
+def cross_entropy_bwd_kernel(
+    X,
+    T,
+    W,
+    WEIGHTS,
+    SMOOTHING,
+    Z_LOSS,
+    CAP,
+    MAX,
+    LOGSUM,
+    SHARE,
+    DLOSS,
+    DX,
+    DZ,
+    DP,
+    SHAPE,
+    DTYPE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    FIRST,
+    CLASSES,
+    IGNORE,
+    SMOOTHED: tl.constexpr,
+    PENALISED: tl.constexpr,
+    CAPPED: tl.constexpr,
+):
+    """One tile of dz = p * total - own, whose columns are the classes from FIRST on, of CLASSES in all."""
+    tiles_n = (SHAPE[-1] - 1) // BLOCK_N + 1
+    at = row_tile(tl.program_id(0) // tiles_n, tl.program_id(0) % tiles_n * BLOCK_N, SHAPE, BLOCK_M, BLOCK_N)
+    x = load(X, at, SHAPE, DTYPE, BLOCK_M, BLOCK_N)
+    z, slope = softcapped(x, CAP, at, SHAPE, DTYPE, BLOCK_M, BLOCK_N, CAPPED)
+    m = load(MAX, at, SHAPE, DTYPE, BLOCK_M, 1)
+    logsum = load(LOGSUM, at, SHAPE, DTYPE, BLOCK_M, 1)
+    dloss = load(DLOSS, at, SHAPE, DTYPE, BLOCK_M, 1)
+    smoothing = load(SMOOTHING, at, SHAPE, DTYPE, BLOCK_M, BLOCK_N)
+    t = load(T, at, SHAPE, tl.int64, BLOCK_M, 1)
+    kept = t != IGNORE
+    hit = (1.0 - smoothing) * load(SHARE, at, SHAPE, DTYPE, BLOCK_M, 1)
+    hit = tl.where(kept, dloss * hit, 0.0)  # dloss is inf where the mean is of no row
+    own = tl.where(at[2] + tl.arange(0, BLOCK_N)[None, :] == t - FIRST, hit, 0.0)
+    total = hit
+    if SMOOTHED:
+        each = tl.where(kept, dloss * (smoothing / CLASSES), 0.0)
+        own += each * weighted(W, tl.full((1, 1), 1.0, DTYPE), at, SHAPE, DTYPE, BLOCK_M, BLOCK_N)
+        total += each * load(WEIGHTS, at, SHAPE, DTYPE, BLOCK_M, BLOCK_N)
+    if PENALISED:
+        z_loss = load(Z_LOSS, at, SHAPE, DTYPE, BLOCK_M, BLOCK_N)
+        total += tl.where(kept, dloss * (2.0 * z_loss * (m + logsum)), 0.0)
+    p = tl.exp((z - m) - logsum)
+    dz = p * total - own
+    retain(DP, -divide(own, tl.maximum(p, smallest(p))), p, at, SHAPE, BLOCK_M, BLOCK_N)
+    retain(DZ, dz, z, at, SHAPE, BLOCK_M, BLOCK_N)
+    store_grad(DX, dz * slope, at, SHAPE, BLOCK_M, BLOCK_N)
+
+
+@triton.jit
+def logit_of_target(
+    X, T, CAP, at, FIRST, SHAPE, DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAPPED: tl.constexpr
+):
+    """z of each row's target, where that is among these columns."""
+    t = load(T, at, SHAPE, tl.int64, BLOCK_M, 1) - FIRST
+    there = (t >= 0) & (t < SHAPE[-1])
+    x = load_class(X, t, there, offsets(X, at, SHAPE, BLOCK_M, 1), at, SHAPE, DTYPE, BLOCK_M)
+    z, _ = softcapped(x, CAP, at, SHAPE, DTYPE, BLOCK_M, BLOCK_N, CAPPED)
+    return z
+
+
+@triton.jit
+def load_class(X, t, ok, o, at, SHAPE, DTYPE: tl.constexpr, BLOCK_M: tl.constexpr):
+    """X's element of column t in each row, where `ok`; column 0 is at the offsets `o`. Of shape (BLOCK_M, 1)."""
+    o = o + tl.zeros((BLOCK_M, 1), tl.int64)
+    if X.strides[-1] is not None:
+        o += t * X.strides[-1]
+    ok = ok & (at[1] + tl.arange(0, BLOCK_M) < SHAPE[-2])[:, None]
+    return tl.load(X.ptr + o, mask=ok, other=0.0).to(DTYPE)
+
+
+@triton.jit
+def softcapped(
+    x, CAP, at, SHAPE, DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAPPED: tl.constexpr
+):
+    """cap * tanh(x / cap) and its derivative; x and 1 without a cap."""
+    if CAPPED:
+        cap = load(CAP, at, SHAPE, DTYPE, BLOCK_M, BLOCK_N)
+        c = tanh(divide(x, cap + tl.zeros_like(x)))
+        return cap * c, 1.0 - c * c
+    else:
+        return x, tl.full((1, 1), 1.0, DTYPE)
+
+
+@triton.jit
+def weighted(W, x, at, SHAPE, DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """x times the weights of its classes."""
+    if W.ptr is not None:
+        x = x * load(W, at, SHAPE, DTYPE, BLOCK_M, BLOCK_N)
+    return x
+
+
+@triton.jit
+def finite(m):
+    """A maximum that can be subtracted: 0 for that of a row of -inf."""
+    return tl.where(m == float("-inf"), 0.0, m)
+
+
+@triton.jit
+def smallest(x):
+    """The smallest normal number of x's dtype."""
+    if x.dtype == tl.float64:
+        return tl.full((1, 1), 2.2250738585072014e-308, x.dtype)
+    else:
+        return tl.full((1, 1), 1.1754943508222875e-38, x.dtype)

@@ -1,0 +1,204 @@
+"""How losses of rows of logits run on kernels/cross_entropy.py: cross_entropy, and a block of linear_cross_entropy."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from retainops.dispatch import HAS_TRITON
+from retainops.ops._plan import Plan
+from retainops.registry import Op
+from retainops.slots import Slot
+
+if HAS_TRITON:
+    from retainops.kernels import cross_entropy as kernels
+    from retainops.ops._launch import launch
+    from retainops.ops._operands import Grad, Kept
+    from retainops.ops._rows import row_tiles, row_walk
+
+Tensor = torch.Tensor
+ELEMENTS, A_THREAD = 2048, 8
+"""Of a tile of several rows, and for each thread of it: each row's own numbers take registers too."""
+WIDE, A_THREAD_OF_WIDE = 4096, 16
+"""Of forward's tile of a row wider than that, of which a program goes over all. In float64 all of these are halves."""
+CHUNK = 1024
+"""Columns of backward's tile, which is elementwise."""
+
+
+class Options(NamedTuple):
+    """What a loss depends on besides tensors, as the public functions have it."""
+
+    ignore_index: int
+    reduction: str
+    label_smoothing: float
+    z_loss: float
+    softcap: float | None
+
+
+class Rows(NamedTuple):
+    """What forward leaves of each row, (..., 1): its loss, and what backward needs: maximum, log-sum and weight.
+
+    While logits come block by block, these hold what is known so far: the sum of the weighted logits, their maximum m,
+    the sum of exp(z - m), and z of the target.
+    """
+
+    loss: Tensor
+    max: Tensor
+    logsum: Tensor
+    share: Tensor
+
+    @staticmethod
+    def of(before: Sequence[int], dtype: torch.dtype, device: torch.device) -> Rows:
+        """Not yet written; `before` and `dtype` are those of logits (before, V)."""
+        held = torch.promote_types(dtype, torch.float32)
+        return Rows(*(torch.empty((*before, 1), dtype=held, device=device) for _ in Rows._fields))
+
+
+class Loss(NamedTuple):
+    """A loss at work: all that it depends on besides the logits.
+
+    Attributes:
+        target: (...,), the rows' classes.
+        weight: that of each class in hand, or None.
+        options: of the op.
+        rows: what forward leaves, or has left.
+        weights: the sum of the weights of all classes.
+        classes: how many there are in all.
+        first: the first class in hand.
+    """
+
+    target: Tensor
+    weight: Tensor | None
+    options: Options
+    rows: Rows
+    weights: Tensor | float
+    classes: int
+    first: int = 0
+
+    @staticmethod
+    def of(target: Tensor, weight: Tensor | None, options: Options, classes: int, rows: Rows) -> Loss:
+        """The loss of all rows and classes."""
+        weights: Tensor | float = float(classes)
+        if weight is not None and options.label_smoothing:  # which alone asks for it
+            weights = weight.sum(dtype=rows.max.dtype)
+        return Loss(target, weight, options, rows, weights, classes)
+
+    def block(self, rows: slice, columns: slice) -> Loss:
+        """That of some rows, some of whose classes are in hand."""
+        weight = None if self.weight is None else self.weight[columns]
+        part = Rows(*(row[rows] for row in self.rows))
+        return self._replace(target=self.target[rows], weight=weight, rows=part, first=columns.start)
+
+    def operands(self) -> tuple[Any, ...]:
+        """What the kernels take between the logits and the rows."""
+        _, _, smoothing, z_loss, softcap = self.options
+        numbers = float(smoothing), float(z_loss), softcap and float(softcap)
+        return self.target.unsqueeze(-1), self.weight, self.weights, *numbers
+
+    def constants(self) -> dict[str, Any]:
+        """The kernels' own arguments."""
+        given = self.options
+        return {
+            "FIRST": self.first,
+            "IGNORE": given.ignore_index,
+            "SMOOTHED": given.label_smoothing != 0,
+            "PENALISED": given.z_loss != 0,
+            "CAPPED": given.softcap is not None,
+        }
+
+
+def rows_forward(logits: Tensor, loss: Loss, whole: bool = True) -> None:
+    """Write the loss's rows; or, where the logits are not the whole rows, bring them up to date."""
+    held = loss.rows.max.dtype
+    narrow = logits.shape[-1] * held.itemsize <= ELEMENTS * 4
+    launch(
+        kernels.cross_entropy_fwd_kernel,
+        logits.shape,
+        held,
+        *(logits, *loss.operands(), *loss.rows),
+        walked=_walk(held, *((ELEMENTS, A_THREAD) if narrow else (WIDE, A_THREAD_OF_WIDE))),
+        programs=row_tiles,
+        WHOLE=whole,
+        **loss.constants(),
+    )
+
+
+def rows_backward(logits: Tensor, loss: Loss, dloss: Tensor, dx: Grad, kept: Sequence[Kept | None]) -> None:
+    """Write the gradient of the logits.
+
+    Args:
+        logits: some columns of the rows, or all.
+        loss: as forward has left it.
+        dloss: the gradient of each row's loss, which broadcasts with (..., 1).
+        dx: where the gradient goes.
+        kept: the same for the points, logits and p.
+    """
+    held = loss.rows.max.dtype
+    launch(
+        kernels.cross_entropy_bwd_kernel,
+        logits.shape,
+        held,
+        *(logits, *loss.operands(), *loss.rows[1:], dloss, dx, *kept),
+        walked=_walk(held, CHUNK, A_THREAD),
+        CLASSES=loss.classes,
+        **loss.constants(),
+    )
+
+
+def _walk(held: torch.dtype, columns: int, a_thread: int) -> Any:
+    """Tiles of up to so many columns."""
+    sizes = {"widest": columns, "chunk": columns, "elements": max(columns, ELEMENTS), "a_thread": a_thread}
+    narrower: dict[str, Any] = {name: size * 4 // held.itemsize for name, size in sizes.items()}
+    return functools.partial(row_walk, **narrower)
+
+
+def reduced(loss: Tensor, divisor: Tensor | None) -> Tensor:
+    """The sum of the rows' losses, or their mean by a divisor."""
+    return loss.sum() if divisor is None else loss.sum() / divisor
+
+
+def row_gradient(dy: Tensor, given: Options, divisor: Tensor | None, like: Tensor) -> Tensor:
+    """The gradient of each row's loss, from that of the output: it broadcasts with `like`, (..., 1)."""
+    if given.reduction == "none":
+        return dy.unsqueeze(-1)
+    return dy if divisor is None else dy.to(like.dtype) / divisor
+
+
+class CrossEntropy:
+    """cross_entropy on its kernels."""
+
+    def keeps(self, inputs: Sequence[Any], outputs: Sequence[Tensor | None], values: bool) -> Sequence[Any]:
+        return inputs
+
+    def forward(self, inputs: Sequence[Any], layout: Plan) -> tuple[Tensor | None, ...]:
+        logits, target, weight, *options = inputs
+        rows = Rows.of(target.shape, logits.dtype, logits.device)
+        loss = Loss.of(target, weight, Options(*options), logits.shape[-1], rows)
+        if loss.options.reduction == "none":
+            y = layout.empty()
+            rows_forward(logits, loss._replace(rows=rows._replace(loss=y.unsqueeze(-1))))
+            return y, *rows[1:], None
+        rows_forward(logits, loss)
+        divisor = rows.share.sum() if loss.options.reduction == "mean" else None
+        return reduced(rows.loss, divisor).to(layout.outputs[0].dtype), *rows[1:], divisor
+
+    def backward(
+        self,
+        op: Op,
+        inputs: Sequence[Any],
+        dys: Sequence[Tensor | None],
+        needed: Sequence[bool],
+        slots: Mapping[str, Slot],
+        leaves: Mapping[str, Tensor],
+    ) -> list[Tensor | None]:
+        logits, target, weight, *options, m, logsum, share, divisor = inputs
+        (dy,) = dys
+        assert dy is not None
+        loss = Loss.of(target, weight, Options(*options), logits.shape[-1], Rows(share, m, logsum, share))
+        dx = Grad(logits, logits.shape, needed[0])
+        kept = [Kept(op.name, slots[p.name], leaves[p.name]) if p.name in leaves else None for p in op.points]
+        rows_backward(logits, loss, row_gradient(dy, loss.options, divisor, share), dx, kept)
+        return [dx.finish(), None, None, *([None] * len(options)), *(c.finish() if c else None for c in kept)]

@@ -1,0 +1,209 @@
+"""How group norm runs on its kernels, and what it takes."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from retainops.dispatch import HAS_TRITON
+from retainops.ops._plan import Plan
+from retainops.registry import Op
+from retainops.slots import Slot
+
+if HAS_TRITON:
+    from retainops.kernels import group_norm as kernels
+    from retainops.kernels.tiles import Operand
+    from retainops.ops._launch import launch, on_device
+    from retainops.ops._operands import Grad, Kept
+    from retainops.ops._walk import Walk, merge, own_strides, power_of_2, shares, strides_in
+
+Tensor = torch.Tensor
+BLOCK = 1024
+"""Shares of a group that its program adds up at a time."""
+
+
+class GroupNorm:
+    """Group norm on its kernels: x is read once for the sums and once more for what depends on them, each way."""
+
+    def keeps(self, inputs: Sequence[Any], outputs: Sequence[Tensor | None], values: bool) -> Sequence[Any]:
+        return inputs
+
+    def forward(self, inputs: Sequence[Any], layout: Plan) -> tuple[Tensor, ...]:
+        x, groups, weight, bias, eps = inputs
+        held, y = layout.points["xhat"][1], layout.empty()
+        moments = [PerChannel(x) for _ in range(3)]
+        launch(kernels.group_norm_moments_kernel, x.shape, held, x, *moments, walked=_walked)
+        mean, variance = (_of_channels(x, held) for _ in range(2))
+        _each_group(kernels.group_norm_gather_kernel, x, groups, *moments, mean, variance, sizes=())
+        given = x, mean, variance, _along(weight, x), _along(bias, x), float(eps)
+        launch(kernels.group_norm_fwd_kernel, x.shape, held, *given, y, walked=_walked)
+        return y, mean, variance
+
+    def backward(
+        self,
+        op: Op,
+        inputs: Sequence[Any],
+        dys: Sequence[Tensor | None],
+        needed: Sequence[bool],
+        slots: Mapping[str, Slot],
+        leaves: Mapping[str, Tensor],
+    ) -> list[Tensor | None]:
+        x, groups, weight, bias, eps, mean, variance = inputs
+        needs_x, _, needs_weight, needs_bias, *_ = needed
+        kept = {name: Kept(op.name, slots[name], leaf) for name, leaf in leaves.items()}
+        dx = Grad(x, x.shape, needs_x)
+        dw, db = PerChannel(x, needs_x or needs_weight), PerChannel(x, needs_x or needs_bias)
+        given, held = (x, mean, variance), mean.dtype
+        if any(needed):
+            summed = *given, float(eps), dys[0], dw, db
+            launch(kernels.group_norm_sums_kernel, x.shape, held, *summed, walked=_walked)
+        if needs_x or kept:
+            means = self.projections(x, groups, weight, dw, db, held) if needs_x else (None, None)
+            operands = *given, _along(weight, x), *means, float(eps), dys[0], dx, kept.get("xhat")
+            # Which sums are fused depends on what else is asked for, and with it the last bit.
+            bwd = kernels.group_norm_bwd_kernel
+            launch(bwd, x.shape, held, *operands, walked=_walked, enable_fp_fusion=False)
+        points = (kept[p.name].finish() if p.name in kept else None for p in op.points)
+        dweight, dbias = dw.sum_like(weight, needs_weight), db.sum_like(bias, needs_bias)
+        return [dx.finish(), None, dweight, dbias, None, *points]
+
+    def projections(
+        self, x: Tensor, groups: int, weight: Tensor | None, dw: PerChannel, db: PerChannel, held: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """The means over each group of the gradient of xhat, along xhat and along the ones; at each channel."""
+        along, level = (_of_channels(x, held) for _ in range(2))
+        size = x[0, 0].numel() * (x.shape[1] // groups) if x.numel() else 0
+        sizes = size, groups, 0 if weight is None else weight.stride(0)
+        _each_group(kernels.group_norm_project_kernel, x, groups, dw, db, weight, along, level, sizes=sizes)
+        return along, level
+
+
+class PerChannel:
+    """A sum over all but batch and channel: shares of it, one for each tile and channel, as a kernel leaves them."""
+
+    tensor = None
+
+    def __init__(self, x: Tensor, needed: bool = True) -> None:
+        self.x, self.needed = x, needed
+        self.summed = [_small(x)] if needed else []
+        self.partial: Tensor | None = None
+
+    def key(self) -> Hashable:
+        """All that its place depends on."""
+        return self.needed
+
+    def place(self, way: Walk, shape: torch.Size) -> Any:
+        """Where the shares go."""
+        return shares(way, self.x.shape, self.summed[0]) if self.needed else None
+
+    def operand(self, place: Any, held: torch.dtype) -> Operand:
+        """What the kernel writes to."""
+        if not self.needed:
+            return Operand(None, ())
+        rows, size, strides, tiles = place
+        self.partial = torch.empty((rows, size), dtype=held, device=self.x.device)
+        return Operand(self.partial, strides, tiles)
+
+    def sum_like(self, weight: Tensor | None, needed: bool) -> Tensor | None:
+        """The gradient of a weight for each channel: the sum over the batch, too."""
+        if weight is None or not needed:
+            return None
+        if self.partial is None:  # nothing was launched: a sum of no elements
+            return torch.zeros_like(weight)
+        return self.partial.view(-1, len(weight)).sum(0).to(weight.dtype)
+
+
+def _small(x: Tensor) -> torch.Size:
+    return torch.Size((*x.shape[:2], *(1 for _ in x.shape[2:])))
+
+
+def _of_channels(x: Tensor, held: torch.dtype) -> Tensor:
+    """A number for each batch and channel, not yet written."""
+    return torch.empty(_small(x), dtype=held, device=x.device)
+
+
+def _along(weight: Tensor | None, x: Tensor) -> Tensor | None:
+    """A weight for each channel, of a shape that broadcasts to x."""
+    return None if weight is None else weight.view(-1, *_small(x)[2:])
+
+
+def _each_group(kernel: Any, x: Tensor, groups: int, *operands: Any, sizes: Sequence[int]) -> None:
+    """Launch a kernel with a program for each group."""
+    if not x.numel():
+        return
+    given: list[Any] = [t.partial if isinstance(t, PerChannel) else t for t in operands]
+    rows, channels = given[0].shape[0], x.shape[1] // groups
+    with on_device(x.device):
+        kernel[(x.shape[0] * groups,)](*given, rows, channels, *sizes, BLOCK=BLOCK)
+
+
+def _walked(
+    shape: torch.Size, tensors: Sequence[Tensor], summed: Sequence[torch.Size], *_: Sequence[torch.Size]
+) -> Walk:
+    """Tiles that reach far along a channel: each leaves one share of a sum, and reads what a channel has once, once."""
+    merged = merge(shape, [strides_in(t, shape) for t in tensors] + [own_strides(s, shape) for s in summed])
+    while len(merged) < 2:
+        merged.insert(0, ((), 1))
+    spatial = [i for i, (dims, _) in enumerate(merged) if dims and dims[0] > 1]
+    if spatial and spatial[-1] < len(merged) - 2:
+        merged.insert(-1, merged.pop(spatial[-1]))
+    sizes, dims = tuple(size for _, size in merged), tuple(dims for dims, _ in merged)
+    if spatial and dims[-1][0] > 1:  # along a channel
+        block_n = min(4096, power_of_2(sizes[-1]))
+        block_m = min(4096 // block_n, power_of_2(sizes[-2]))
+    else:  # across channels that lie next to each other
+        block_n = min(64, power_of_2(sizes[-1]))
+        block_m = min(8192 // block_n, power_of_2(sizes[-2]))
+    programs = -(-sizes[-2] // block_m) * -(-sizes[-1] // block_n)
+    for size in sizes[:-2]:
+        programs *= size
+    warps = min(max(block_m * block_n // 512, 1), 8)
+    return Walk(sizes, dims, (block_m, block_n), warps, (programs,))
+
+
+def check_group_norm(x: Any, num_groups: Any, weight: Any, bias: Any, eps: Any) -> None:
+    """Inputs of group norm.
+
+    Raises:
+        TypeError: an argument of a wrong type or dtype.
+        ValueError: eps is not above 0.
+        RuntimeError: x has no channels, num_groups does not divide them, or a weight does not go with them.
+    """
+    if torch.compiler.is_compiling():
+        return
+    tensors = {"x": x, **{name: t for name, t in (("weight", weight), ("bias", bias)) if t is not None}}
+    for name, t in tensors.items():
+        if hasattr(type(t), "__torch_function__") and not isinstance(t, Tensor):
+            return  # a stand-in for a tensor, such as torch.fx's proxies: PyTorch's own operations know what to say
+        if not isinstance(t, Tensor):
+            raise TypeError(f"group_norm: {name} is {type(t).__name__}; expected a torch.Tensor")
+    if not isinstance(num_groups, int) or isinstance(num_groups, bool):
+        raise TypeError(f"group_norm: num_groups is {type(num_groups).__name__}; expected an integer, such as 32")
+    if not isinstance(eps, numbers.Real):
+        raise TypeError(f"group_norm: eps is {type(eps).__name__}; expected a number, such as 1e-5")
+    if not float(eps) > 0:
+        raise ValueError(f"group_norm: eps is {eps}; expected a number above 0, such as 1e-5")
+    if not (x.is_floating_point() or x.is_complex()):
+        raise TypeError(
+            f"group_norm: x is {x.dtype}; expected a floating-point dtype: convert it with .to(torch.float32)"
+        )
+    if x.dim() < 2 or not x.shape[1]:
+        raise RuntimeError(f"group_norm: x has shape {tuple(x.shape)}; expected (batch, channels, ...)")
+    if num_groups < 1 or x.shape[1] % num_groups:
+        raise RuntimeError(
+            f"group_norm: num_groups is {num_groups}, and x of shape {tuple(x.shape)} has {x.shape[1]} channels; "
+            "expected a number that divides them"
+        )
+    for name, t in tensors.items():
+        if name != "x" and t.shape != x.shape[1:2]:
+            raise RuntimeError(
+                f"group_norm: {name} has shape {tuple(t.shape)}; expected {tuple(x.shape[1:2])}, one for each channel "
+                f"of x of shape {tuple(x.shape)}"
+            )
+        if t.device != x.device:
+            raise RuntimeError(
+                f"group_norm: {name} is on {t.device} and x on {x.device}; move one of them with .to(device)"
+            )

@@ -1,0 +1,197 @@
+"""The norms over the last dim on their kernels."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from retainops.dispatch import HAS_TRITON
+from retainops.ops import _fused
+from retainops.ops._plan import Plan
+from retainops.ops._saved import Unread
+from retainops.registry import Op
+from retainops.slots import Slot
+
+if HAS_TRITON:
+    from retainops.kernels import norm as kernels
+    from retainops.ops._launch import launch, triton_dtype
+    from retainops.ops._operands import Grad, Kept
+    from retainops.ops._rows import ALIGNED, Dense, Shares, Statistics, Tiling, row_chunks, row_tiles
+
+    # What fits into registers: in forward x (of a sum also r) and the weights, in backward also dy and the weights'
+    # gradients. In rows whose accesses are not wide each element has an address and a mask of its own, too.
+    FORWARD = Tiling(widest=16384, elements=2048, chunk=8192, a_thread=32)
+    FORWARD_OF_SUM = FORWARD._replace(widest=8192)
+    FORWARD_UNALIGNED = Tiling(widest=8192, elements=2048, chunk=4096, a_thread=32)
+    BACKWARD = Tiling(widest=8192, elements=4096, chunk=2048)
+    BACKWARD_UNALIGNED = BACKWARD._replace(widest=4096)
+    TALL = Tiling(widest=64, elements=4096, chunk=64)
+    PROJECTIONS = Tiling(widest=0, elements=4096, chunk=4096)
+
+Tensor = torch.Tensor
+
+
+class Norm:
+    """A norm on its kernels.
+
+    Args:
+        centred: layer norm; otherwise root mean square norm.
+        residual: of a sum, whose second part is the second input.
+    """
+
+    def __init__(self, centred: bool, residual: bool) -> None:
+        self.centred, self.residual = centred, residual
+
+    def keeps(self, inputs: Sequence[Any], outputs: Sequence[Tensor | None], values: bool) -> Sequence[Any]:
+        # The sum stands for both of its parts: all derivatives depend on it alone.
+        return (outputs[1], Unread(inputs[1]), *inputs[2:]) if self.residual else inputs
+
+    def parts(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
+        """(x, residual, weight, bias, eps, offset, round_first), None or 0 for what this norm has not."""
+        x, residual, *rest = inputs if self.residual else (inputs[0], None, *inputs[1:])
+        if self.centred:
+            weight, bias, eps, *_ = rest
+            return x, residual, weight, bias, eps, 0.0, False
+        weight, eps, offset, round_first, *_ = rest
+        return x, residual, weight, None, eps, offset, round_first
+
+    def forward(self, inputs: Sequence[Any], layout: Plan) -> tuple[Tensor | None, ...]:
+        x, residual, weight, bias, eps, offset, round_first = self.parts(inputs)
+        outputs = tuple(layout.empty(i) for i in range(len(layout.outputs)))
+        summed, held, n = outputs[1] if self.residual else None, layout.points["xhat"][1], x.shape[-1]
+        rstd = torch.empty((*x.shape[:-1], 1), dtype=held, device=x.device)
+        mean = torch.empty_like(rstd) if self.centred else None
+        aligned = FORWARD_OF_SUM if self.residual else FORWARD
+        tiling = (FORWARD_UNALIGNED if n % ALIGNED else aligned).held_in(held)
+        launch(
+            kernels.norm_fwd_kernel,
+            x.shape,
+            held,
+            *(x, residual, weight, bias, summed, outputs[0], mean, rstd, float(eps), float(offset)),
+            walked=tiling.walk,
+            programs=functools.partial(tiling.walkers, x.device) if n > tiling.widest else row_tiles,
+            ROUND=triton_dtype(outputs[-1] if self.residual else x) if round_first else None,
+            CHUNKED=n > tiling.widest,
+            WHOLE=tiling.divides(n),
+            STAGES=tiling.stages(n, x, residual),
+        )
+        return *outputs, mean, rstd
+
+    def backward(
+        self,
+        op: Op,
+        inputs: Sequence[Any],
+        dys: Sequence[Tensor | None],
+        needed: Sequence[bool],
+        slots: Mapping[str, Slot],
+        leaves: Mapping[str, Tensor],
+    ) -> list[Tensor | None]:
+        *given, mean, rstd = inputs
+        if dys[0] is None:  # of a sum: nothing of the norm is differentiated
+            return self.through_reference(op, given, needed, slots, leaves, dys)
+        x, _, weight, bias, *_ = self.parts(given)
+        _, _, needs_weight, needs_bias, *_ = self.parts(needed)
+        kept = {p.name: Kept(op.name, slots[p.name], leaves[p.name]) for p in op.points if p.name in leaves}
+        tiling = (BACKWARD_UNALIGNED if x.shape[-1] % ALIGNED else BACKWARD).held_in(rstd.dtype)
+        needs_dx = any(needed[: 1 + self.residual])
+        dx = Grad(x, x.shape, needs_dx)
+        shares = functools.partial(Shares, programs=lambda way: tiling.walkers(x.device, way) // row_chunks(way))
+        dw, db = shares(weight, needs_weight), shares(bias, needs_bias)
+        later = self.takes_later(x, kept)
+        points = {name: Dense(k) if name in later else k for name, k in kept.items()}
+        self.launch_backward(given, mean, rstd, dys, (dx if needs_dx else None, dw, db), points, tiling)
+        if later:
+            statistics = {name: Statistics(kept[name]) for name in later}
+            self.launch_backward(given, mean, rstd, dys, (None, None, None), statistics, TALL.held_in(rstd.dtype))
+        x_at, residual_at, weight_at, bias_at, *_ = self.parts(range(len(given)))
+        grads = {x_at: dx.finish(), weight_at: dw.finish(), bias_at: db.finish()}
+        grads[residual_at] = grads[x_at]
+        found = (kept[p.name].finish() if p.name in kept else None for p in op.points)
+        return [*(grads.get(i) for i in range(len(given))), *found]
+
+    def takes_later(self, x: Tensor, kept: Mapping[str, Kept]) -> set[str]:
+        """The points whose statistics take a launch of their own.
+
+        Over channels a tile leaves a share for each column, and there are too many tiles of few rows. And with most of
+        what there is in registers there may be no room for them. The tiles of the gradients stay as they are in either
+        case, and so does each bit of them.
+        """
+        stats = {name: k.stats.over for name, k in kept.items() if k.stats is not None}
+        full = self.residual and (x.shape[-1] > BACKWARD.elements or (self.centred and len(stats) > 1))
+        return {name for name, over in stats.items() if full or over == "channels"}
+
+    def through_reference(
+        self,
+        op: Op,
+        inputs: Sequence[Any],
+        needed: Sequence[bool],
+        slots: Mapping[str, Slot],
+        leaves: Mapping[str, Tensor],
+        dys: Sequence[Tensor | None],
+    ) -> list[Tensor | None]:
+        """As of every op, but the point `summed` is an input here: the output that was kept.
+
+        What arrives there in a later backward comes to the op as that output's gradient. A tap in the reference would
+        count it a second time.
+        """
+        if "summed" not in leaves:
+            return _fused.through_reference(op, inputs, needed, slots, leaves, dys)
+        others = {name: leaf for name, leaf in leaves.items() if name != "summed"}
+        asked = {name: slots[name] for name in others}
+        dsummed, _, *rest = _fused.through_reference(op, inputs, (True, False, *needed[2:]), asked, others, dys)
+        at = len(inputs) - 2
+        if dsummed is not None:
+            rest[at] = slots["summed"].deposit(op.name, dsummed, inputs[0], leaves["summed"])
+        return [dsummed if need else None for need in needed[:2]] + rest
+
+    def launch_backward(
+        self,
+        given: Sequence[Any],
+        mean: Tensor | None,
+        rstd: Tensor,
+        dys: Sequence[Tensor | None],
+        grads: Sequence[Any],
+        points: Mapping[str, Any],
+        tiling: Tiling,
+    ) -> None:
+        """Write gradients and points; of rows of several tiles the projections come first, for what needs them."""
+        x, _, weight, _, _, offset, round_first = self.parts(given)
+        n, (dy, ds) = x.shape[-1], dys if self.residual else (dys[0], None)
+        read = (x, weight, mean, rstd)
+        projected = n > tiling.widest and (grads[0] is not None or "summed" in points)
+        sums = self.projections(*read, dy, offset) if projected else (None, None)
+        launch(
+            kernels.norm_bwd_kernel,
+            x.shape,
+            rstd.dtype,
+            *(*read, *sums, dy, ds, float(offset), *grads, *(points.get(name) for name in ("summed", "xhat", "y"))),
+            walked=tiling.walk,
+            programs=functools.partial(tiling.walkers, x.device),
+            ROUND=triton_dtype(x) if round_first else None,
+            HOLD=tiling.tile(n) <= tiling.elements,
+            WHOLE=tiling.divides(n),
+            STAGES=tiling.stages(n, x, dy, ds),
+            enable_fp_fusion=False,  # which sums are fused depends on what else is asked for, and with it the last bit
+        )
+
+    def projections(
+        self, x: Tensor, weight: Tensor | None, mean: Tensor | None, rstd: Tensor, dy: Tensor | None, offset: float
+    ) -> tuple[Tensor, Tensor | None]:
+        """Sums over each row of the gradient of xhat, along xhat and along the ones."""
+        along = torch.empty_like(rstd)
+        level = torch.empty_like(rstd) if self.centred else None
+        tiling = PROJECTIONS.held_in(rstd.dtype)
+        launch(
+            kernels.norm_project_kernel,
+            x.shape,
+            rstd.dtype,
+            *(x, weight, mean, rstd, dy, float(offset), along, level),
+            walked=tiling.walk,
+            programs=row_tiles,
+            WHOLE=tiling.divides(x.shape[-1]),
+            STAGES=tiling.stages(x.shape[-1], x, dy),
+        )
+        return along, level

@@ -1,0 +1,208 @@
+"""How softmax and log_softmax run on their kernels, and what they take."""
+
+from __future__ import annotations
+
+import functools
+import numbers
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from retainops.dispatch import HAS_TRITON
+from retainops.ops._plan import Plan
+from retainops.registry import Op
+from retainops.slots import Slot
+
+if HAS_TRITON:
+    from retainops.kernels import softmax as kernels
+    from retainops.kernels.tiles import Operand
+    from retainops.ops._launch import launch
+    from retainops.ops._operands import Grad, Kept
+    from retainops.ops._rows import Tiling, in_tiles, row_tiles
+    from retainops.ops._saved import Unread
+    from retainops.ops._walk import Walk, merged_strides, strides_in
+
+    ROWS = Tiling(widest=16384, elements=2048, chunk=4096, a_thread=32)
+
+Tensor = torch.Tensor
+
+
+class Softmax:
+    """softmax or log_softmax on its kernels, whose backward reads the output, and a boolean mask, alone.
+
+    For second derivatives too the output stands in the place of x: the reference is then the linear function with the
+    same gradient. Its coefficients are the output's, so the gradient with respect to them flows on to x.
+
+    Args:
+        log: log_softmax.
+        keeps_x: keep x besides, and differentiate the definition itself. So it must be where the point p is asked for:
+            nothing may flow into the output as a coefficient then, for all that arrives there is the gradient of p.
+    """
+
+    def __init__(self, log: bool, keeps_x: bool = False) -> None:
+        self.log, self.keeps_x = log, keeps_x
+
+    def keeps(self, inputs: Sequence[Any], outputs: Sequence[Tensor | None], values: bool) -> Sequence[Any]:
+        x, scale, mask, causal, _ = inputs
+        if values or self.keeps_x:
+            return inputs
+        return Unread(x), scale, mask if mask is None or is_boolean(mask) else Unread(mask), causal, outputs[0]
+
+    def forward(self, inputs: Sequence[Any], layout: Plan) -> tuple[Tensor, ...]:
+        x, scale, mask, causal, _ = inputs
+        y, queries = layout.empty(), Queries(x.shape) if causal else None
+        self._launch(kernels.softmax_fwd_kernel, (x, mask, queries, float(scale)), y)
+        return y, y
+
+    def backward(
+        self,
+        op: Op,
+        inputs: Sequence[Any],
+        dys: Sequence[Tensor | None],
+        needed: Sequence[bool],
+        slots: Mapping[str, Slot],
+        leaves: Mapping[str, Tensor],
+    ) -> list[Tensor | None]:
+        x, scale, mask, causal, _, y = inputs
+        dx, dmask = Grad(x, x.shape, needed[0]), Grad(mask, x.shape, needed[2])
+        kept = {name: Kept(op.name, slots[name], leaf) for name, leaf in leaves.items()}
+        read, queries = mask if is_boolean(mask) else None, Queries(x.shape) if causal else None
+        places = None if queries is None else queries.tensor
+        own = [t for t in (y, dys[0], dx.tensor, dmask.tensor, read, places) if t is not None]
+        if "scaled" not in kept or "act_grad" not in slots["scaled"].parts:  # only that needs the value of scaled
+            x, mask = Unread(x) if isinstance(x, Tensor) else x, read
+        points = kept.get("scaled"), kept.get("p")
+        given = x, mask, queries, float(scale)
+        self._launch(kernels.softmax_bwd_kernel, given, y, dys[0], dx, dmask, *points, own=own)
+        found = (kept[p.name].finish() if p.name in kept else None for p in op.points)
+        return [dx.finish(), None, dmask.finish(), None, None, *found]
+
+    def _launch(
+        self, kernel: Any, given: tuple[Any, ...], y: Tensor, *others: Any, own: Sequence[Tensor] | None = None
+    ) -> None:
+        """Launch a kernel of (x, mask, queries, scale), y and others; `own` as of `_walked`."""
+        x, mask, queries, _ = given
+        tiling = ROWS.held_in(torch.promote_types(y.dtype, torch.float32))
+        launch(
+            kernel,
+            x.shape,
+            y.dtype,
+            *(*given, y, *others),
+            walked=functools.partial(_walked, tiling, own),
+            programs=row_tiles,
+            BOOLEAN=is_boolean(mask),
+            CAUSAL=queries is not None,
+            LOG=self.log,
+            CHUNKED=x.shape[-1] > tiling.widest,
+        )
+
+
+class Queries:
+    """The place of each row among the queries: an operand without memory, whose offsets are the places."""
+
+    summed = ()
+
+    def __init__(self, shape: torch.Size) -> None:
+        self.shape = shape
+        self.tensor = torch.empty(shape[-2], 1, device="meta")
+
+    def key(self) -> Hashable:
+        """All that its place depends on."""
+        return self.shape
+
+    def place(self, way: Walk, shape: torch.Size) -> tuple[int | None, ...]:
+        """Strides."""
+        return merged_strides(way, strides_in(self.tensor, self.shape))
+
+    def operand(self, place: tuple[int | None, ...], held: torch.dtype) -> Operand:
+        """What the kernel takes."""
+        return Operand(None, place)
+
+
+def _walked(
+    tiling: Tiling,
+    own: Sequence[Tensor] | None,
+    shape: torch.Size,
+    tensors: Sequence[Tensor],
+    summed: Sequence[torch.Size],
+    _: Sequence[torch.Size],
+    gradients: Sequence[torch.Size],
+) -> Walk:
+    """Rows, with dims kept apart in which something is summed.
+
+    `own` are the tensors that there are whatever is retained, if not all. They alone choose the tiles: so retention
+    changes no order of summation.
+    """
+
+    def walk(tensors: Sequence[Tensor], smalls: Sequence[torch.Size]) -> Walk:
+        return tiling.walk(shape, [*tensors, *(torch.empty(small, device="meta") for small in smalls)])
+
+    way = walk(tensors, summed)
+    return way if own is None else in_tiles(way, walk(own, gradients))
+
+
+def is_boolean(mask: Any) -> bool:
+    """Whether a mask says what takes part, and is not added."""
+    return isinstance(mask, Tensor) and mask.dtype == torch.bool
+
+
+def check(op: str, x: Any, scale: Any, mask: Any, causal: Any) -> None:
+    """Inputs of softmax.
+
+    Raises:
+        TypeError: an argument of a wrong type or dtype.
+        RuntimeError: a shape or device that does not go with x's.
+    """
+    if torch.compiler.is_compiling():
+        return
+    if any(hasattr(type(t), "__torch_function__") and not isinstance(t, Tensor) for t in (x, scale, mask)):
+        return  # a stand-in for a tensor, such as torch.fx's proxies: PyTorch's own operations know what to say
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: x is {type(x).__name__}; expected a torch.Tensor")
+    if not x.is_floating_point():
+        raise TypeError(f"{op}: x is {x.dtype}; expected a floating-point tensor: convert it with .float()")
+    _check_scale(op, x, scale)
+    if mask is not None:
+        _check_mask(op, x, mask)
+    if not isinstance(causal, bool):
+        raise TypeError(f"{op}: causal is {type(causal).__name__}; expected True or False")
+    if causal and x.dim() < 2:
+        raise RuntimeError(f"{op}: causal=True, and x has shape {tuple(x.shape)}; expected (..., queries, keys)")
+
+
+def _check_scale(op: str, x: Tensor, scale: Any) -> None:
+    if isinstance(scale, Tensor):
+        if scale.dim() or not scale.is_floating_point():
+            raise RuntimeError(
+                f"{op}: scale is a tensor of shape {tuple(scale.shape)} and {scale.dtype}; expected a number, or a "
+                "floating-point tensor of no dims; multiply x by others beforehand"
+            )
+    elif not isinstance(scale, numbers.Real):
+        raise TypeError(f"{op}: scale is {type(scale).__name__}; expected a number, such as 0.125")
+    elif isinstance(scale, int) and scale < 1:
+        raise TypeError(
+            f"{op}: scale is the integer {scale}, as if it were a dim; {op} is over the last dim and takes no dim; if "
+            f"it is a scale, write {float(scale)}"
+        )
+
+
+def _check_mask(op: str, x: Tensor, mask: Any) -> None:
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{op}: mask is {type(mask).__name__}; expected a torch.Tensor or None")
+    if not is_boolean(mask) and not mask.is_floating_point():
+        raise TypeError(
+            f"{op}: mask is {mask.dtype}; expected torch.bool (True: takes part), or floating point, which is added; "
+            "convert it with .bool()"
+        )
+    try:
+        fits = torch.broadcast_shapes(mask.shape, x.shape) == x.shape
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise RuntimeError(
+            f"{op}: mask has shape {tuple(mask.shape)}, and x has {tuple(x.shape)}; expected a mask that broadcasts to "
+            "x: aligned from the right, each of its sizes is x's or 1"
+        )
+    if mask.device != x.device:
+        raise RuntimeError(f"{op}: mask is on {mask.device} and x on {x.device}; move one of them with .to(device)")
