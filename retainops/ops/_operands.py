@@ -44,7 +44,7 @@ class Seed(NamedTuple):
 
     def key(self) -> Hashable:
         """All that its place depends on."""
-        return self.shape
+        return self.shape, self.tensor.data_ptr() % ALIGNED == 0
 
     def place(self, way: Walk, shape: torch.Size) -> tuple[Any, ...]:
         """Strides; and 1 for numbers four at a time: where each row of a tile starts at a multiple of four."""
@@ -213,11 +213,16 @@ class Kept:
                 found = parts_of(self.stats.parts, self.stats.over, like, like)
                 self.slot.merge(dict(zip(self.stats.parts, found, strict=True)), self.leaf)
             else:
-                parts: dict[str, Part] = {name: Shared(name, t, self._shape(name)) for name, t in self.partials.items()}
+                parts = {name: self._part(name, shares) for name, shares in self.partials.items()}
                 if "count" in self.stats.parts:
                     parts["count"] = count(like, self.stats.over)
                 self.slot.merge(parts, self.leaf)
         return self.returned
+
+    def _part(self, name: str, shares: torch.Tensor) -> Part:
+        """One number is put together when somebody reads it; more of them now, for their shares take memory."""
+        part = Shared(name, shares, self._shape(name))
+        return part if shares.shape[1] == 1 else part.total()
 
     def _shape(self, part: str) -> torch.Size:
         return torch.Size([HIST_BINS]) if part == "hist" else self.small
