@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Callable
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 
 from retainops.registry import find
 from retainops.testing import static_report
+from retainops.testing.driver import driver
 from retainops.testing.static import KernelReport
 from tests.oracle import FAMILY, OPS, all_points, leaves, sample, widening
 
@@ -79,6 +82,25 @@ def test_only_what_must_move_moves_and_a_point_is_one_more_store(name: str) -> N
     assert_moves(on, read, written + len(find(name).points))
     assert on.loads == off.loads
     assert off.machine_code != on.machine_code
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "aligned"),
+    [
+        *((name, torch.bfloat16, False) for name in FAMILY),
+        *((name, torch.float32, aligned) for name in OPS for aligned in (True, False)),
+    ],
+)
+def test_the_same_products_are_fused_into_sums_whatever_is_asked_for(
+    name: str, dtype: torch.dtype, aligned: bool
+) -> None:
+    """Else bits of the other gradients would depend on it. LLVM decides which: the PTX says."""
+    counts = []
+    for retain in (False, True):
+        with driver() as launches:
+            call_of(name, shape_of(name, aligned), dtype, retain)()
+            counts.append(Counter(re.findall(r"\b(fma\.rn|add|sub)\.f32\b", launches[-1].kernel.asm["ptx"])))
+    assert counts[0] == counts[1]
 
 
 TARGETS = [("sm_80", torch.float32, True), ("sm_100", torch.bfloat16, False), ("sm_120", torch.float32, False)]
