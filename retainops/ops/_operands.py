@@ -65,7 +65,9 @@ def key_of(x: Any) -> Hashable:
     kind = type(x)
     if kind is torch.Tensor or kind is torch.nn.Parameter:
         return x.shape, x.stride(), x.dtype, x.data_ptr() % ALIGNED == 0
-    return cast(Hashable, x.key() if hasattr(kind, "key") else kind)
+    if hasattr(x, "place"):
+        return cast(Hashable, x.key())
+    return layout_of(x) if isinstance(x, torch.Tensor) else kind
 
 
 def maker_of(way: Walk, shape: torch.Size, x: Any, held: torch.dtype) -> Callable[[Any], Any]:

@@ -194,7 +194,14 @@ class Statistics:
 
     def __init__(self, kept: Kept) -> None:
         self.kept, self.tensor, self.summed = kept, None, kept.summed
-        self.key, self.place = kept.key, kept.place
+
+    def key(self) -> Hashable:
+        """All that its place depends on."""
+        return self.kept.key()
+
+    def place(self, way: Walk, shape: torch.Size) -> Any:
+        """What its argument is, besides pointers."""
+        return self.kept.place(way, shape)
 
     def operand(self, place: Any, held: torch.dtype) -> Retained:
         """What the kernel writes to."""
