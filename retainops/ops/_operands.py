@@ -67,7 +67,7 @@ def key_of(x: Any) -> Hashable:
         return x.shape, x.stride(), x.dtype, x.data_ptr() % ALIGNED == 0
     if hasattr(x, "place"):
         return cast(Hashable, x.key())
-    return layout_of(x) if isinstance(x, torch.Tensor) else kind
+    return layout_of(x) if isinstance(x, torch.Tensor) else cast(Hashable, kind)
 
 
 def maker_of(way: Walk, shape: torch.Size, x: Any, held: torch.dtype) -> Callable[[Any], Any]:
