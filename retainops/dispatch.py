@@ -19,10 +19,13 @@ import torch
 from torch.autograd import forward_ad
 
 from retainops.buffers import Into, share_memory
+from retainops.part import Part
 from retainops.points import no_grad, reader
 from retainops.registry import Op, find
+from retainops.relevance import Relevance
 from retainops.retained import Retained
 from retainops.slots import Slot
+from retainops.stats import OVER_OF_ATTENTION
 
 BACKENDS = ("auto", "triton", "reference")
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -168,7 +171,7 @@ def requested(op: Op, inputs: tuple[Any, ...], retain: Retained) -> Mapping[str,
         TypeError: `retain` is not a `Retained`.
         KeyError: it names a point that the op does not have.
         RuntimeError: no gradient will reach the points, or none could be kept (torch.func, torch.compile).
-        ValueError: an `Into` buffer shares memory with an input.
+        ValueError: an `Into` buffer shares memory with an input, or what is wanted is for points of attention.
     """
     if not isinstance(retain, Retained):
         raise TypeError(
@@ -179,6 +182,13 @@ def requested(op: Op, inputs: tuple[Any, ...], retain: Retained) -> Mapping[str,
     for name in retain:
         if name not in names:
             raise KeyError(f"{op.name}: unknown point '{name}'; its points are: {', '.join(names)}")
+    if op.kind != "attention":
+        for slot in retain.values():
+            if isinstance(slot.want, (Part, Relevance)) or getattr(slot.want, "over", "") in OVER_OF_ATTENTION:
+                raise ValueError(
+                    f"{op.name}: point '{slot.name}' was asked for {slot.want}, which is for points of attention; ask "
+                    "for the gradient, or for Stats over the tensor, rows or channels"
+                )
     if torch.compiler.is_compiling():
         return retain  # what is left to check is nothing Dynamo can trace; taps check what they can
     if torch._C._functorch.peek_interpreter_stack() is not None:

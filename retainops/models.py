@@ -12,14 +12,15 @@ from torch import nn
 
 from retainops.buffers import Into
 from retainops.nn.guests import Holder, holder
+from retainops.part import Part
 from retainops.points import PointTable
 from retainops.points import points as points_of_op
 from retainops.registry import PointInfo
+from retainops.relevance import Relevance
 from retainops.retained import Retained, aligned, listed
-from retainops.slots import Slot
+from retainops.slots import Slot, Want
 from retainops.stats import Stats
 
-Want = Into | Stats | None
 Patterns = str | Sequence[str] | Callable[[str], bool] | Mapping[str, Want]
 
 
@@ -114,7 +115,8 @@ def retain(model: nn.Module, what: Patterns = "*", want: Want = None) -> Iterato
         model: any module; requests are held by its own modules alone, so other models and threads see nothing.
         what: a glob pattern of names ("*" crosses dots), a sequence of them, a callable on the name, or a mapping
             from pattern to want (of several patterns that match a name, the last one counts).
-        want: in what form: None (the gradient), `Stats(...)`, or, of a single point, `Into(buffer)`.
+        want: in what form: None (the gradient), `Stats(...)`, of points of attention `Part(...)` and `Relevance(...)`,
+            or, of a single point, `Into(buffer)`.
 
     Yields:
         A mapping from name to `Slot`. It stays valid after the `with`.
@@ -136,7 +138,7 @@ def retain(model: nn.Module, what: Patterns = "*", want: Want = None) -> Iterato
         more = ""
         if hasattr(model, "set_attn_implementation"):
             more = (
-                '; for its attention, import retainops.integrations.transformers and call model.set_attn_implementation'
+                "; for its attention, import retainops.integrations.transformers and call model.set_attn_implementation"
                 '("retainops")'
             )
         raise ValueError(
@@ -203,8 +205,11 @@ def _glob(pattern: str) -> Callable[[str], bool]:
 
 
 def _check_want(want: Want) -> None:
-    if want is not None and not isinstance(want, (Into, Stats)):
-        raise TypeError(f"retain: a want is {type(want).__name__}; expected None, Into(buffer) or Stats(...)")
+    if want is not None and not isinstance(want, (Into, Stats, Part, Relevance)):
+        raise TypeError(
+            f"retain: a want is {type(want).__name__}; expected None, Into(buffer) or Stats(...), or of attention "
+            "Part(...) or Relevance(...)"
+        )
 
 
 def _choose(names: list[str], matchers: list[Matcher]) -> dict[str, Want]:

@@ -1,0 +1,234 @@
+"""Scaled dot product attention, whose scores and probabilities can be asked for. docs/ops/attention.md derives it."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from retainops import registry
+from retainops.dispatch import run
+from retainops.ops._check import refuses_dtypes
+from retainops.part import Part
+from retainops.points import unretained
+from retainops.registry import Op, PointInfo
+from retainops.relevance import Relevance
+from retainops.retained import Retained
+from retainops.slots import Slot
+
+Tensor = torch.Tensor
+Window = int | tuple[int | None, int | None] | None
+Bounds = tuple[int | None, int | None]
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    softcap: float | None = None,
+    window: Window = None,
+    retain: Retained | None = None,
+) -> Tensor:
+    """`torch.nn.functional.scaled_dot_product_attention`, whose scores and probabilities can be asked for.
+
+    Without softcap, window and retain it is that function and nothing else. With retain its kernels still make the
+    output and the gradients of q, k and v, to the same bits; what was asked for is made again from q, k and v in
+    backward, tile by tile, and never exists as a whole unless it was asked for as a whole.
+
+    Args:
+        q: (..., H, Nq, D), of a floating dtype.
+        k: (..., H, Nk, D); with enable_gqa (..., Hk, Nk, D), where Hk divides H.
+        v: (..., H, Nk, Dv), or of Hk heads, as k.
+        attn_mask: what broadcasts to (..., H, Nq, Nk). Of dtype bool: True where a key takes part. Floating: added.
+        dropout_p, is_causal, scale, enable_gqa: as of `scaled_dot_product_attention`: dropout is there whenever
+            dropout_p is, causality counts from the top left, and scale None is 1 / sqrt(D).
+        softcap: c makes scores c * tanh(score / c), before any mask.
+        window: query i sees keys i - left to i + right of (left, right); None: not bounded on that side; an int w is
+            (w, w). It counts from the top left, and goes with a mask and is_causal.
+        retain: `Retained("s", "p", "o")` to keep the gradients of these, or forms of them: `Part`, `Stats`, of p
+            `Relevance`.
+
+    Returns:
+        (..., H, Nq, Dv), of q's dtype (autocast: of that which q is cast to). A query that sees no key is 0.
+
+    Raises:
+        RuntimeError, TypeError, ValueError: as of `scaled_dot_product_attention`; a softcap not above 0, a window that
+            is none, a point retained that no gradient reaches, a `Relevance` where it has no meaning.
+        IndexError: a `Part` out of range.
+        KeyError: `retain` names another point than those below.
+
+    Points:
+        s = scale * q @ k.mT, capped, masked, (..., H, Nq, Nk): what enters the softmax; -inf where masked.
+        p = softmax(s), (..., H, Nq, Nk): before dropout, whose factors its gradient contains. 0 for a query that sees
+            no key.
+        o = p @ v, (..., H, Nq, Dv): the output.
+
+        With dropout, s and p are kept by PyTorch's operations in memory of (..., H, Nq, Nk).
+
+    Example:
+        >>> kept = ro.Retained(p=ro.Relevance("chefer"), s=ro.Stats("l2", over="heads"))
+        >>> ro.attention(q, k, v, is_causal=True, retain=kept).sum().backward()
+        >>> kept.p.chefer  # (batch, N, N)
+
+    Source: Dao 2023 (arXiv 2307.08691) for making tiles of scores again.
+    """
+    if retain is None and softcap is None and window is None:
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    check(q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa, softcap, window, retain)
+    inputs = (q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa, softcap, bounds(window))
+    return run(ATTENTION, inputs, retain)
+
+
+def attention_reference(
+    q: Any,
+    k: Any,
+    v: Any,
+    attn_mask: Any,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    softcap: float | None,
+    window: Window,
+    point: Any,
+) -> Tensor:
+    """The definition."""
+    kind, dtype = q.device.type, product_dtype(q)
+    q, k, v = (t.to(dtype) for t in (q, k, v))
+    with torch.autocast(kind, enabled=False):
+        if enable_gqa:
+            k, v = (t.repeat_interleave(q.shape[-3] // t.shape[-3], -3) for t in (k, v))
+        s = q @ k.mT * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+        if softcap is not None:
+            s = softcap * torch.tanh(s / softcap)
+        if attn_mask is not None:
+            is_boolean = attn_mask.dtype == torch.bool
+            s = s.masked_fill(attn_mask.logical_not(), -torch.inf) if is_boolean else (s + attn_mask).to(s.dtype)
+        if is_causal or window is not None:
+            s = s.masked_fill(hidden(s, is_causal, window), -torch.inf)
+        s = point("s", s)
+        # A row that sees no key must be gone before the softmax: nan of it would come back in backward.
+        dead = (s == -torch.inf).all(-1, keepdim=True)
+        p = point("p", torch.softmax(s.masked_fill(dead, 0.0), -1).masked_fill(dead, 0.0))
+        return point("o", F.dropout(p, dropout_p) @ v)
+
+
+def hidden(s: Tensor, causal: bool, window: Window) -> Tensor:
+    """True where causality and window let no key in, (Nq, Nk)."""
+    left, right = bounds(window)
+    none = torch.zeros(s.shape[-2:], dtype=torch.bool, device=s.device)
+    every = ~none
+    if causal:
+        right = 0 if right is None else min(right, 0)
+    before = none if left is None else every.tril(-left - 1)
+    return before if right is None else before | every.triu(right + 1)
+
+
+def bounds(window: Window) -> Bounds:
+    """(left, right) of a window, None where it has no bound."""
+    if window is None:
+        return None, None
+    return (window, window) if isinstance(window, int) else window
+
+
+def product_dtype(q: Any) -> torch.dtype:
+    """The dtype of products: under autocast a narrower one than q's."""
+    kind = q.device.type
+    if torch.is_autocast_enabled(kind) and q.dtype != torch.float64:
+        return torch.get_autocast_dtype(kind)
+    return q.dtype
+
+
+def check(
+    q: Any,
+    k: Any,
+    v: Any,
+    attn_mask: Any,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    softcap: Any,
+    window: Any,
+    retain: Any,
+) -> None:
+    """Of the arguments, those that `scaled_dot_product_attention` does not check."""
+    op = "attention"
+    if softcap is not None:
+        if isinstance(softcap, bool) or not isinstance(softcap, numbers.Real):
+            raise TypeError(
+                f"{op}: softcap is {type(softcap).__name__}; expected a number above 0, such as 50.0, or None"
+            )
+        if not (float(softcap) > 0 and math.isfinite(softcap)):
+            raise ValueError(f"{op}: softcap is {softcap}; expected a number above 0, such as 50.0, or None")
+    if window is not None:
+        sides = (window,) if not isinstance(window, tuple) else window
+        right_type = all(isinstance(w, int) and not isinstance(w, bool) for w in sides if w is not None)
+        if not right_type or (isinstance(window, tuple) and len(window) != 2):
+            raise TypeError(f"{op}: window is {window!r}; expected an int, or (left, right) of ints or None")
+        if any(w is not None and w < 0 for w in sides):
+            raise ValueError(f"{op}: window is {window!r}; expected numbers of keys to each side, 0 or above")
+    for name, slot in retain.items() if isinstance(retain, Retained) else ():
+        want = slot.want
+        if isinstance(want, Relevance) and name != "p":
+            raise ValueError(f"{op}: point '{name}' was asked for {want}; it is of the probabilities: ask point 'p'")
+        of_keys = getattr(want, "over", "") == "keys" or (isinstance(want, Part) and "keys" in want.chosen)
+        if name == "o" and of_keys:
+            raise ValueError(f"{op}: point 'o' was asked for {want}; it has no keys: ask for heads or queries of it")
+
+
+def _refuses(q: Any, k: Any, v: Any, attn_mask: Any = None, dropout_p: Any = 0.0, *_: Any) -> str | None:
+    if dropout_p:
+        return "dropout_p is not 0"
+    return refuses_dtypes(q, k, v, attn_mask if attn_mask is not None and attn_mask.dtype != torch.bool else None)
+
+
+def _launch(inputs: tuple[Any, ...], slots: Mapping[str, Slot]) -> Tensor:
+    reference: Any = attention_reference
+    return reference(*inputs, unretained)
+
+
+def _sample(shape: torch.Size, dtype: torch.dtype, device: str, generator: torch.Generator) -> tuple[Any, ...]:
+    def drawn() -> Tensor:
+        x = torch.randn(shape, generator=generator, device=generator.device, dtype=torch.float64)
+        return x.to(device, dtype)
+
+    return drawn(), drawn(), drawn(), None, 0.0, False, None, False, None, (None, None)
+
+
+def _traffic(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[int, int, int]:
+    """Forward reads q, k, v and writes o; backward reads these and do, and writes dq, dk, dv."""
+    read, out = (q.numel() + k.numel() + v.numel()) * q.element_size(), q.numel() * q.element_size()
+    return read + out, 2 * (read + out), q.shape[:-1].numel() * k.shape[-2] * q.element_size()
+
+
+ATTENTION = registry.register(
+    Op(
+        name="attention",
+        call=attention,
+        formula="softmax(scale * q @ k.mT) @ v",
+        points=(
+            PointInfo("s", "scale * q @ k.mT, capped, masked", "(..., H, Nq, Nk)"),
+            PointInfo("p", "softmax(s)", "(..., H, Nq, Nk)"),
+            PointInfo("o", "p @ v", "(..., H, Nq, Dv)"),
+        ),
+        reference=attention_reference,
+        launch=_launch,
+        refuses=_refuses,
+        sample=_sample,
+        traffic=_traffic,
+        kind="attention",
+    )
+)
