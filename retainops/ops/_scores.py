@@ -7,16 +7,18 @@ times keys; `_scores_kernels.answer` in Triton.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from retainops.relevance import KINDS
-from retainops.stats import MERGE, count, parts_of
+from retainops.stats import MERGE, TAKE_VALUE, Stats, count, parts_of
 
 Tensor = torch.Tensor
 ELEMENTS = 1 << 21
 """Of a tile of scores: 8 MiB in float32."""
+FEWEST_ROWS = 16
+"""Of a tile: of fewer rows, a matrix product is slow."""
 
 
 class Scores(NamedTuple):
@@ -88,7 +90,7 @@ class Wanted(NamedTuple):
     @property
     def takes_value(self) -> bool:
         """Whether the point's value is needed too."""
-        return "act_grad" in self.parts or any(KINDS[name].square for name in self.relevance)
+        return not TAKE_VALUE.isdisjoint(self.parts + self.relevance)
 
 
 def answer(scores: Scores, s: Wanted | None, p: Wanted | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -104,46 +106,59 @@ def answer(scores: Scores, s: Wanted | None, p: Wanted | None) -> tuple[dict[str
             keep_p.keep(at, dp, prob)
         if keep_s is not None:
             assert prob is not None
-            delta = (prob * dp).sum(-1, keepdim=True) if scores.delta is None else scores.delta[..., at, None]
-            keep_s.keep(at, prob * (dp - delta), score)
-    return tuple({} if keep is None else keep.found() for keep in (keep_s, keep_p))  # type: ignore[return-value]
+            keep_s.keep(at, score_gradient(scores, at, prob, dp), score)
+    of_s, of_p = ({} if keep is None else keep.found() for keep in (keep_s, keep_p))
+    return of_s, of_p
 
 
-def row_tiles(scores: Scores) -> Iterator[slice]:
-    """Query rows of a tile, one tile after the other."""
+class Tile(NamedTuple):
+    """Some elements of the batch, and query rows of all their heads."""
+
+    batch: slice
+    rows: slice
+
+    def of(self, x: Tensor) -> Tensor:
+        """Of (B, H, Nq, ...)."""
+        return x[self.batch, :, self.rows]
+
+
+def cut(scores: Scores) -> Iterator[Tile]:
+    """The tiles, one after the other."""
     b, h, n, m = scores.shape
-    rows = max(ELEMENTS // max(b * h * m, 1), 1)
-    for start in range(0, n, rows):
-        yield slice(start, min(start + rows, n))
+    fits = max(ELEMENTS // max(h * m, 1), 1)  # rows of one element of the batch
+    rows = min(max(fits // max(b, 1), FEWEST_ROWS), max(n, 1))
+    batch = max(fits // rows, 1)
+    for i in range(0, b, batch):
+        for j in range(0, n, rows):
+            yield Tile(slice(i, min(i + batch, b)), slice(j, min(j + rows, n)))
 
 
-def tiles(scores: Scores, probabilities: bool = True) -> Iterator[tuple[slice, Tensor | None, Tensor | None, Tensor]]:
-    """Query rows, and of them s, P and dP; the first two are None unless wanted."""
-    k, v = (t.to(scores.held).transpose(-1, -2) for t in (scores.k, scores.v))
-    for at in row_tiles(scores):
+def tiles(scores: Scores, probabilities: bool = True) -> Iterator[tuple[Tile, Tensor | None, Tensor | None, Tensor]]:
+    """Each tile, and of it s, P and dP; the first two are None unless wanted."""
+    for at in cut(scores):
         s = p = None
         if probabilities:
-            s, _ = score_tile(scores, at, k)
+            s, _ = score_tile(scores, at)
             p = probability_tile(scores, at, s)
-        yield at, s, p, product(scores.do[..., at, :], v)
+        yield at, s, p, product(at.of(scores.do), scores.v[at.batch].to(scores.held).mT)
 
 
-def score_tile(scores: Scores, at: slice, k: Tensor) -> tuple[Tensor, Tensor | None]:
-    """s of some query rows, and tanh of what was capped; k is (B, Hk, D, Nk), in the dtype that is computed in."""
-    s = product(scores.q[..., at, :], k).mul_(scores.scale)
+def score_tile(scores: Scores, at: Tile) -> tuple[Tensor, Tensor | None]:
+    """s, and tanh of what was capped."""
+    s = product(at.of(scores.q), scores.k[at.batch].to(scores.held).mT).mul_(scores.scale)
     capped = None
     if scores.softcap is not None:
         capped = s.div_(scores.softcap).tanh_()
         s = capped * scores.softcap
     if scores.mask is not None:
-        rows = scores.mask.expand(scores.shape)[..., at, :]
+        rows = at.of(scores.mask.expand(scores.shape))
         s = s.masked_fill_(~rows, -torch.inf) if rows.dtype == torch.bool else s.add_(rows)
     if (hidden := hidden_tile(scores, at)) is not None:
         s = s.masked_fill_(hidden, -torch.inf)
     return s, capped
 
 
-def hidden_tile(scores: Scores, at: slice) -> Tensor | None:
+def hidden_tile(scores: Scores, at: Tile) -> Tensor | None:
     """True where causal and window let no key in, (rows, Nk); None: they are not there."""
     left, right = scores.window
     if scores.causal:
@@ -153,19 +168,40 @@ def hidden_tile(scores: Scores, at: slice) -> Tensor | None:
     device, (n, m) = scores.q.device, scores.shape[-2:]
     i = torch.arange(n, device=device) if scores.q_at is None else scores.q_at
     j = torch.arange(m, device=device) if scores.k_at is None else scores.k_at
-    ahead = j - i[at, None]
+    ahead = j - i[at.rows, None]
     if right is None:
         return None if left is None else ahead < -left
     return ahead > right if left is None else (ahead < -left) | (ahead > right)
 
 
-def probability_tile(scores: Scores, at: slice, s: Tensor) -> Tensor:
-    """P of some query rows, from their s; 0 in a row that sees no key."""
+def probability_tile(scores: Scores, at: Tile, s: Tensor) -> Tensor:
+    """P, from s; 0 in a row that sees no key."""
     if scores.lse is not None:
-        return (s - scores.lse[..., at, None]).exp_()  # exp(-inf) is 0, and a row of those has an lse of 0
+        return (s - at.of(scores.lse).unsqueeze(-1)).exp_()  # exp(-inf) is 0, and a row of those has an lse of 0
     if not s.shape[-1]:
         return s.clone()
-    return torch.softmax(s, -1).masked_fill_((s == -torch.inf).all(-1, keepdim=True), 0.0)
+    return torch.softmax(s, -1).masked_fill_(s.amax(-1, keepdim=True) == -torch.inf, 0.0)
+
+
+def score_gradient(scores: Scores, at: Tile, p: Tensor, dp: Tensor) -> Tensor:
+    """dS of P and dP."""
+    if scores.delta is not None:
+        return (dp - at.of(scores.delta).unsqueeze(-1)).mul_(p)
+    # Of the whole row in hand, and not of the output, which is rounded.
+    return (dp - (p * dp).sum(-1, keepdim=True)).mul_(p)
+
+
+def row_numbers(scores: Scores) -> Scores:
+    """With lse and delta, for keys to be picked of it."""
+    lse = torch.zeros(scores.shape[:-1], dtype=scores.held, device=scores.q.device)
+    delta = torch.zeros_like(lse)
+    for at, s, p, dp in tiles(scores):
+        assert s is not None and p is not None
+        if s.shape[-1]:
+            of_rows = s.logsumexp(-1)
+            at.of(lse).copy_(of_rows.masked_fill_(of_rows == -torch.inf, 0.0))
+        at.of(delta).copy_((p * dp).sum(-1))
+    return scores._replace(lse=lse, delta=delta)
 
 
 def product(x: Tensor, y: Tensor) -> Tensor:
@@ -176,46 +212,50 @@ def product(x: Tensor, y: Tensor) -> Tensor:
 
 
 class Keeper:
-    """Takes what is wanted of one point's gradient, some query rows at a time."""
+    """Takes what is wanted of one point's gradient, a tile at a time."""
 
     def __init__(self, wanted: Wanted, scores: Scores) -> None:
         self.wanted, self.shape = wanted, scores.shape
         self.like = torch.empty((), dtype=scores.held, device=scores.q.device)
         self.parts: dict[str, Tensor] = {}
 
-    def keep(self, at: slice, grad: Tensor, value: Tensor | None) -> None:
-        """Take the gradient of these rows, and their value if that is wanted."""
+    def keep(self, at: Tile, grad: Tensor, value: Tensor | None) -> None:
+        """Take the gradient of a tile, and the value if that is wanted."""
         wanted = self.wanted
         if wanted.tensor is not None:
-            rows = wanted.tensor[..., at, :]
-            rows.add_(grad) if wanted.accumulate else rows.copy_(grad)
+            to = at.of(wanted.tensor)
+            to.add_(grad) if wanted.accumulate else to.copy_(grad)
         for name, part in self._taken(grad, value).items():
-            self._merge(name, at, part)
+            if name == "legrad":  # a mean over all queries
+                part.mul_(grad.shape[-2] / self.shape[-2])
+            if name not in self.parts:
+                # Zero is neutral: they are sums, or maxima of magnitudes.
+                size = part.shape if name == "hist" else self._shape(name)
+                self.parts[name] = torch.zeros(size, dtype=part.dtype, device=part.device)
+            place = self.parts[name][self._place(name, at)]
+            place.copy_(MERGE[name](place, part))
 
     def _taken(self, grad: Tensor, value: Tensor | None) -> dict[str, Tensor]:
-        names = self.wanted.parts + self.wanted.relevance
+        names = tuple(name for name in self.wanted.parts if name != "count") + self.wanted.relevance
         return dict(zip(names, parts_of(names, self.wanted.over, grad, value), strict=True))
 
-    def _merge(self, name: str, at: slice, part: Tensor) -> None:
+    def _shape(self, name: str) -> torch.Size:
         if name in KINDS:
-            by_rows, dim = KINDS[name].square, -2
-        else:
-            by_rows, dim = self.wanted.over in ("rows", "queries") and name != "count", -1
-        if name == "legrad":  # a mean over all queries
-            part = part * ((at.stop - at.start) / self.shape[-2])
-        if by_rows:
-            size = list(part.shape)
-            size[dim] = self.shape[-2]
-            whole = self.parts.setdefault(name, part.new_empty(size))
-            whole.narrow(dim, at.start, at.stop - at.start).copy_(part)
-        else:
-            self.parts[name] = MERGE[name](self.parts[name], part) if name in self.parts else part
+            return torch.Size((self.shape[0], *self.shape[-2 if KINDS[name].square else -1 :]))
+        return Stats("sum", over=self.wanted.over).shape(self.shape)
+
+    def _place(self, name: str, at: Tile) -> Any:
+        if name in KINDS:
+            return (at.batch, at.rows) if KINDS[name].square else at.batch
+        over = self.wanted.over
+        if name == "hist" or over in ("tensor", "channels"):
+            return ...
+        return (at.batch, slice(None), at.rows) if over in ("rows", "queries") else at.batch
 
     def found(self) -> dict[str, Tensor]:
-        """All parts, once all rows were kept."""
-        if not self.shape[-2]:
-            nothing = self.like.expand(self.shape)
-            return self._taken(nothing, nothing)
-        if "count" in self.parts:
-            self.parts["count"] = count(self.like.expand(self.shape), self.wanted.over)
-        return self.parts
+        """All parts, once all tiles were kept."""
+        nothing = self.like.expand(self.shape)
+        found = self._taken(nothing, nothing) if not self.shape.numel() else self.parts
+        if "count" in self.wanted.parts:
+            found["count"] = count(nothing, self.wanted.over)
+        return found
