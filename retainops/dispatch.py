@@ -93,10 +93,15 @@ def kernels_on(device_type: str) -> Iterator[None]:
 
 def ambient() -> str | None:
     """What is going on around this call that must see PyTorch's own operations, or None."""
+    if torch._C._len_torch_dispatch_stack() and torch._C._functorch.peek_interpreter_stack() is None:
+        return "a dispatch mode (fake tensors, tracing, counting) is active"
+    return transformed()
+
+
+def transformed() -> str | None:
+    """What is going on around this call for which an operation must have all its derivatives, or None."""
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return "a torch.func transform is active"
-    if torch._C._len_torch_dispatch_stack():
-        return "a dispatch mode (fake tensors, tracing, counting) is active"
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation is active"
     if torch.jit.is_tracing():

@@ -196,7 +196,8 @@ def row_numbers(scores: Scores) -> Scores:
     lse = torch.zeros(scores.shape[:-1], dtype=scores.held, device=scores.q.device)
     delta = torch.zeros_like(lse)
     for at, s, p, dp in tiles(scores):
-        assert s is not None and p is not None
+        assert s is not None
+        assert p is not None
         if s.shape[-1]:
             of_rows = s.logsumexp(-1)
             at.of(lse).copy_(of_rows.masked_fill_(of_rows == -torch.inf, 0.0))
@@ -206,9 +207,13 @@ def row_numbers(scores: Scores) -> Scores:
 
 def product(x: Tensor, y: Tensor) -> Tensor:
     """(B, H, N, D) @ (B, Hk, D, M) -> (B, H, N, M), in y's dtype; the heads of a group share one y, uncopied."""
-    (b, h, n, d), groups = x.shape, y.shape[1]
-    x = x.to(y.dtype).reshape(b, groups, h // max(groups, 1) * n, d)
-    return (x @ y).view(b, h, n, y.shape[-1])
+    return (in_groups(x.to(y.dtype), y.shape[1]) @ y).view(*x.shape[:-1], y.shape[-1])
+
+
+def in_groups(x: Tensor, groups: int) -> Tensor:
+    """(B, H, N, D) as (B, Hk, H / Hk * N, D): rows of all heads that share a key."""
+    b, h, n, d = x.shape
+    return x.reshape(b, groups, h // max(groups, 1) * n, d)
 
 
 class Keeper:

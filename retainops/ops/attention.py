@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
 from retainops import registry
-from retainops.dispatch import run
+from retainops.dispatch import backend_name, dense, requested, transformed, why_reference
+from retainops.ops._asked import Call
+from retainops.ops._attention import POINTS, listen
+from retainops.ops._attention_tiled import tiled
 from retainops.ops._check import refuses_dtypes
 from retainops.part import Part
-from retainops.points import unretained
-from retainops.registry import Op, PointInfo
+from retainops.points import reader, tap
+from retainops.registry import Op, Point, PointInfo
 from retainops.relevance import Relevance
 from retainops.retained import Retained
 from retainops.slots import Slot
@@ -34,9 +37,9 @@ def attention(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
-    *,
     softcap: float | None = None,
     window: Window = None,
+    *,
     retain: Retained | None = None,
 ) -> Tensor:
     """`torch.nn.functional.scaled_dot_product_attention`, whose scores and probabilities can be asked for.
@@ -83,12 +86,96 @@ def attention(
     Source: Dao 2023 (arXiv 2307.08691) for making tiles of scores again.
     """
     if retain is None and softcap is None and window is None:
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        return sdpa((q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa))
+    requests = () if retain is None else (retain,)
+    return attention_of((q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa, softcap, window), requests)
+
+
+def attention_of(inputs: tuple[Any, ...], requests: Sequence[Any]) -> Tensor:
+    """`attention` of these inputs, for several requests at once."""
+    *tensors, dropout_p, is_causal, scale, enable_gqa, softcap, window = inputs
+    check(softcap, window, requests)
+    call = Call(is_causal, scale, enable_gqa, softcap, bounds(window))
+    inputs = (*tensors, dropout_p, *call)
+    each = [requested(ATTENTION, inputs, retain) for retain in requests]
+    of_scores = any(name in slots for slots in each for name in POINTS)
+    output = validated(inputs)
+    if why_definition(inputs, of_scores) is not None:
+        definition: Any = attention_reference
+        return definition(*inputs, several_readers(each))
+    kernels = of_scores and on_kernels(inputs)
+    if is_plain(inputs):
+        o = sdpa(inputs)
+    else:
+        o = tiled(ATTENTION, inputs, output.shape, product_dtype(tensors[0]))
+    for slots in each:
+        if any(name in slots for name in POINTS):
+            o = listen(ATTENTION, call, o, tensors, slots, kernels)
+        if "o" in slots:
+            o = tap("attention", slots["o"], o)
+    return o
+
+
+def why_definition(inputs: tuple[Any, ...], of_scores: bool) -> str | None:
+    """Why the definition itself must run, all of its scores in memory; None: it need not."""
+    q, k, v, mask, dropout_p, _, _, enable_gqa, *_ = inputs
+    tensors, is_tiled = (q, k, v, mask), not is_plain(inputs)
+    if dropout_p and (of_scores or is_tiled):
+        return "dropout is of the whole of p"
+    if around := transformed():
+        return around
+    if is_tiled and enable_gqa and k.shape[-3] != v.shape[-3]:
+        return "k and v have not the same heads"
+    if is_tiled and mask is not None and mask.requires_grad and q.dim() > 4:
+        return "the mask of several dims before the heads requires grad"
+    if not all(dense(t) for t in tensors if t is not None):
+        return "an input is not dense memory"
+    return refuses_dtypes(*(t for t in tensors if t is not None and t.dtype != torch.bool))
+
+
+def is_plain(inputs: tuple[Any, ...]) -> bool:
+    """Whether PyTorch's kernels can make the output."""
+    softcap, window = inputs[-2:]
+    return softcap is None and window == (None, None)
+
+
+def validated(inputs: tuple[Any, ...]) -> Tensor:
+    """An output without memory, of inputs that PyTorch takes: else its own error is raised."""
+    q, k, v, mask = (None if t is None else _on_meta(t) for t in inputs[:4])
+    return sdpa((q, k, v, mask, inputs[4], False, *inputs[6:8]))
+
+
+def _on_meta(t: Tensor) -> Tensor:
+    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
+
+
+def sdpa(inputs: Sequence[Any]) -> Tensor:
+    """PyTorch's function of our inputs."""
+    q, k, v, mask, dropout_p, is_causal, scale, enable_gqa, *_ = inputs
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+
+
+def on_kernels(inputs: tuple[Any, ...]) -> bool:
+    """Whether the scores are made again by the kernels."""
+    why = why_reference(ATTENTION, inputs[:-1])
+    if why is not None and backend_name() == "triton":
+        raise RuntimeError(
+            f'attention: the backend is "triton", and the kernels cannot take this call: {why}; '
+            'use backend("auto") to let it take the reference path'
         )
-    check(q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa, softcap, window, retain)
-    inputs = (q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa, softcap, bounds(window))
-    return run(ATTENTION, inputs, retain)
+    return why is None
+
+
+def several_readers(requests: Sequence[Mapping[str, Slot]]) -> Point:
+    """A `point` that hands to the slots of several requests."""
+    points = [reader("attention", slots) for slots in requests]
+
+    def point(name: str, value: Tensor) -> Tensor:
+        for each in points:
+            value = each(name, value)
+        return value
+
+    return point
 
 
 def attention_reference(
@@ -102,11 +189,13 @@ def attention_reference(
     enable_gqa: bool,
     softcap: float | None,
     window: Window,
-    point: Any,
+    point: Point,
 ) -> Tensor:
     """The definition."""
     kind, dtype = q.device.type, product_dtype(q)
-    q, k, v = (t.to(dtype) for t in (q, k, v))
+    if torch.is_autocast_enabled(kind):
+        q, k, v = (t.to(dtype) for t in (q, k, v))
+        attn_mask = attn_mask if attn_mask is None or attn_mask.dtype == torch.bool else attn_mask.to(dtype)
     with torch.autocast(kind, enabled=False):
         if enable_gqa:
             k, v = (t.repeat_interleave(q.shape[-3] // t.shape[-3], -3) for t in (k, v))
@@ -152,17 +241,9 @@ def product_dtype(q: Any) -> torch.dtype:
 
 
 def check(
-    q: Any,
-    k: Any,
-    v: Any,
-    attn_mask: Any,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool,
     softcap: Any,
     window: Any,
-    retain: Any,
+    requests: Sequence[Any],
 ) -> None:
     """Of the arguments, those that `scaled_dot_product_attention` does not check."""
     op = "attention"
@@ -180,7 +261,7 @@ def check(
             raise TypeError(f"{op}: window is {window!r}; expected an int, or (left, right) of ints or None")
         if any(w is not None and w < 0 for w in sides):
             raise ValueError(f"{op}: window is {window!r}; expected numbers of keys to each side, 0 or above")
-    for name, slot in retain.items() if isinstance(retain, Retained) else ():
+    for name, slot in (item for retain in requests if isinstance(retain, Retained) for item in retain.items()):
         want = slot.want
         if isinstance(want, Relevance) and name != "p":
             raise ValueError(f"{op}: point '{name}' was asked for {want}; it is of the probabilities: ask point 'p'")
@@ -196,8 +277,7 @@ def _refuses(q: Any, k: Any, v: Any, attn_mask: Any = None, dropout_p: Any = 0.0
 
 
 def _launch(inputs: tuple[Any, ...], slots: Mapping[str, Slot]) -> Tensor:
-    reference: Any = attention_reference
-    return reference(*inputs, unretained)
+    return attention_of(inputs, (Retained.of(slots),) if slots else ())
 
 
 def _sample(shape: torch.Size, dtype: torch.dtype, device: str, generator: torch.Generator) -> tuple[Any, ...]:

@@ -1,0 +1,128 @@
+"""Attention by tiles of query rows in plain PyTorch, for what PyTorch's own kernels lack: softcap and window."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from retainops.dispatch import dense
+from retainops.ops import _fused
+from retainops.ops._asked import Call, in_4_dims, scores_of
+from retainops.ops._plan import Output, Plan
+from retainops.ops._scores import (
+    Scores,
+    Tile,
+    cut,
+    in_groups,
+    probability_tile,
+    product,
+    score_gradient,
+    score_tile,
+)
+from retainops.registry import Op
+from retainops.slots import Slot
+
+Tensor = torch.Tensor
+
+
+def tiled(op: Op, inputs: tuple[Any, ...], shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Attention of these inputs, its output of this shape and dtype; nothing is asked of it."""
+    output = Output(shape, torch.empty(shape, device="meta").stride(), dtype)
+    layout = Plan((output,), {}, inputs[0].device)
+    return _fused.Fused.apply(op, Tiled(), {}, layout, *inputs, *(None for _ in op.points))
+
+
+class Tiled:
+    """As `_fused.Kernels`."""
+
+    reads = staticmethod(dense)
+
+    def keeps(self, inputs: Sequence[Any], outputs: Sequence[Tensor | None], values: bool) -> Sequence[Any]:
+        return inputs
+
+    def forward(self, inputs: Sequence[Any], layout: Plan) -> tuple[Any, ...]:
+        y = layout.empty()
+        # There is no gradient yet.
+        scores = self._scores(inputs, torch.zeros((), dtype=y.dtype, device=y.device).expand(y.shape))
+        o = y if y.dim() == 4 else torch.empty_like(scores.do, memory_format=torch.contiguous_format)
+        with torch.autocast(y.device.type, enabled=False):
+            for at in cut(scores):
+                s, _ = score_tile(scores, at)
+                at.of(o).copy_(product(probability_tile(scores, at, s), scores.v[at.batch].to(scores.held)))
+        return o.view(y.shape), y.dtype
+
+    def backward(
+        self,
+        op: Op,
+        inputs: Sequence[Any],
+        dys: Sequence[Tensor | None],
+        needed: Sequence[bool],
+        slots: Mapping[str, Slot],
+        leaves: Mapping[str, Tensor],
+    ) -> list[Tensor | None]:
+        do = dys[0]
+        assert do is not None
+        q, k, v, mask = inputs[:4]
+        scores = self._scores(inputs, do)
+        grads = Gradients(scores, mask, needed)
+        with torch.autocast(do.device.type, enabled=False):
+            for at in cut(scores):
+                grads.add(at)
+        before = do.shape[:-2]
+        of_kv = (*before[:-1], k.shape[-3]) if inputs[7] else before
+        found: list[Tensor | None] = [None] * (len(inputs) - 1 + len(op.points))
+        for i, (x, b) in enumerate(zip((q, k, v), (before, of_kv, of_kv), strict=True)):
+            if (grad := grads.of[i]) is not None:
+                found[i] = grad.view(*b, *grad.shape[-2:]).sum_to_size(x.shape).to(x.dtype)
+        if grads.mask is not None:
+            found[3] = grads.mask.to(mask.dtype)
+        return found
+
+    def _scores(self, inputs: Sequence[Any], do: Tensor) -> Scores:
+        (q, k, v, mask, _, causal, scale, gqa, softcap, window), dtype = inputs[:10], do.dtype
+        if (q.dtype, k.dtype, v.dtype) != (dtype,) * 3:  # as autocast does
+            mask = mask if mask is None or mask.dtype == torch.bool else mask.to(dtype)
+            q, k, v = (t.to(dtype) for t in (q, k, v))
+        return scores_of(Call(causal, scale, gqa, softcap, window), (q, k, v, mask), do, None, None)
+
+
+class Gradients:
+    """The gradients of q, k, v and a mask, a tile at a time.
+
+    Attributes:
+        of: of q, k, v in (B, H, N, D), in the dtype that is computed in; None where not needed.
+        mask: of the mask, in its own shape.
+    """
+
+    def __init__(self, scores: Scores, mask: Tensor | None, needed: Sequence[bool]) -> None:
+        self.scores, held = scores, scores.held
+        self.of = [
+            torch.zeros(t.shape, dtype=held, device=t.device) if need else None
+            for t, need in zip((scores.q, scores.k, scores.v), needed, strict=False)
+        ]
+        self.mask = torch.zeros(mask.shape, dtype=held, device=mask.device) if mask is not None and needed[3] else None
+        self.in_4_dims = None if self.mask is None else in_4_dims(self.mask)
+
+    def add(self, at: Tile) -> None:
+        """Those of a tile."""
+        scores, (dq, dk, dv) = self.scores, self.of
+        s, capped = score_tile(scores, at)
+        p = probability_tile(scores, at, s)
+        do, groups = at.of(scores.do).to(scores.held), scores.k.shape[1]
+        if dv is not None:
+            dv[at.batch] += in_groups(p, groups).mT @ in_groups(do, groups)
+        dp = product(do, scores.v[at.batch].to(scores.held).mT)
+        ds = score_gradient(scores, at, p, dp)
+        if self.in_4_dims is not None:
+            to = self.in_4_dims
+            to = to[at.batch if to.shape[0] > 1 else slice(None), :, at.rows if to.shape[2] > 1 else slice(None)]
+            to += ds.sum_to_size(to.shape)
+        if capped is not None:
+            ds = ds * (1 - capped * capped)
+        ds = ds.mul_(scores.scale)
+        if dq is not None:
+            at.of(dq).copy_(product(ds, scores.k[at.batch].to(scores.held)))
+        if dk is not None:
+            dk[at.batch] += in_groups(ds, groups).mT @ in_groups(at.of(scores.q).to(scores.held), groups)
