@@ -5,9 +5,10 @@
     dp = do v^T
     ds = p * (dp - delta)                          delta: the sum of do * o over a row, which is that of p * dp
 
-A tile takes two matrix products, over the columns of q and k and over those of v and do. Both run in chunks of CH
-columns, and one loop counts the chunks of all tiles of a program: so loads stay ahead of the tensor cores from one tile
-to the next, and memory on the chip does not grow with the head size, which need not be a power of two.
+A tile takes two matrix products, q k^T and then do v^T. Both are summed in chunks of CH columns, and one loop counts
+the chunks of both, of all the tiles of a program: so loads stay ahead of the tensor cores from one tile to the next,
+shared memory does not grow with the head size, which need not be a power of two, and one set of pointers serves both
+products (two sets spill).
 """
 
 from typing import Any, NamedTuple
@@ -21,17 +22,21 @@ from retainops.kernels.unary import tanh
 
 
 class Heads(NamedTuple):
-    """A tensor of (batch, head, row, column): its pointer, or None, and four strides in elements."""
+    """A tensor of (batch, head, row, column): its pointer, or None, and four strides in elements.
+
+    `far` is 1 where offsets within a tile take 64 bits; from one tile to another they always do.
+    """
 
     ptr: Any
     batch: Any = 0
     head: Any = 0
     row: Any = 0
     column: Any = 0
+    far: Any = None
 
 
 class Attention(NamedTuple):
-    """What attention was called with, and what is left of its forward."""
+    """What attention was called with, and what is left of its forward. Columns of q, k, v and do are neighbours."""
 
     q: Heads
     k: Heads  # of heads // group heads, like v
@@ -54,92 +59,138 @@ class Attention(NamedTuple):
 
 @triton.jit
 def whereabouts(X, SIZE, BLOCK: tl.constexpr):
-    """This program's (batch, head, block of SIZE rows); blocks of one head are neighbours, which share their reads."""
+    """This program's (batch, head, first row); programs of one head are neighbours, since they read the same."""
     blocks = tl.cdiv(SIZE, BLOCK)
     pid = tl.program_id(0)
-    return (pid // blocks // X.heads).to(tl.int64), (pid // blocks % X.heads).to(tl.int64), pid % blocks
+    return pid // blocks // X.heads, pid // blocks % X.heads, pid % blocks * BLOCK
 
 
 @triton.jit
-def place(H, b, h):
-    """Where a matrix of H begins."""
-    return H.ptr + b * H.batch + h * H.head
+def pointers(H, b, h, row, column, rows, columns):
+    """To the elements (row + rows, column + columns) of a head; rows and columns count within a tile."""
+    tile = H.ptr + (b.to(tl.int64) * H.batch + h.to(tl.int64) * H.head)
+    tile += row.to(tl.int64) * H.row + column.to(tl.int64) * H.column
+    if H.far is not None:
+        return tile + (rows.to(tl.int64) * H.row + columns.to(tl.int64) * H.column)
+    else:
+        return tile + (rows * H.row + columns * H.column)
 
 
 @triton.jit
-def chunk(H, b, h, rows, SIZE, c, WIDTH: tl.constexpr, CHUNKS: tl.constexpr, CH: tl.constexpr):
-    """Chunk c of some rows of H, of which there are SIZE; 0 outside."""
-    columns = c * CH + tl.arange(0, CH)
-    inside = (rows < SIZE)[:, None]
-    if CHUNKS * CH != WIDTH:
-        inside = inside & (columns < WIDTH)[None, :]
-    at = rows.to(tl.int64)[:, None] * H.row + columns.to(tl.int64)[None, :] * H.column
-    return tl.load(place(H, b, h) + at, mask=inside, other=0.0)
-
-
-@triton.jit
-def product(
+def add_chunk(
     total,
-    ROWS,
-    COLUMNS,
+    X,
     b,
-    row_head,
-    column_head,
-    rows,
-    row_count,
-    columns,
-    column_count,
-    c,
-    WIDTH: tl.constexpr,
+    h,
+    m,
+    n,
+    step,
+    D: tl.constexpr,
+    DV: tl.constexpr,
     CHUNKS: tl.constexpr,
     CH: tl.constexpr,
+    KEYS_DOWN: tl.constexpr,
 ):
-    """Add to a tile the products of chunk c of its ROWS and its COLUMNS."""
-    x = chunk(ROWS, b, row_head, rows, row_count, c, WIDTH, CHUNKS, CH)
-    y = chunk(COLUMNS, b, column_head, columns, column_count, c, WIDTH, CHUNKS, CH)
-    return tl.dot(x, tl.trans(y), total, input_precision="ieee")
+    """Add a chunk to the product of queries from m on and keys from n on: of q k^T, or from step CHUNKS on of do v^T.
+
+    KEYS_DOWN: the tile lies on its side, a key a row.
+    """
+    second = step >= CHUNKS
+    c = tl.where(second, step - CHUNKS, step) * CH
+    width = tl.where(second, DV, D) - c
+    WHOLE: tl.constexpr = (CHUNKS == 0 or D % CH == 0) and DV % CH == 0
+    if CHUNKS == 0:
+        of_queries, of_keys = X.do, X.v
+    else:
+        of_queries, of_keys = either(second, X.do, X.q), either(second, X.v, X.k)
+    if KEYS_DOWN:
+        k = chunk(of_keys, b, h // X.group, n, X.keys, c, width, WHOLE, CH, total.shape[0])
+        q = chunk(of_queries, b, h, m, X.queries, c, width, WHOLE, CH, total.shape[1])
+        return tl.dot(k, tl.trans(q), total, input_precision="ieee")
+    else:
+        q = chunk(of_queries, b, h, m, X.queries, c, width, WHOLE, CH, total.shape[0])
+        k = chunk(of_keys, b, h // X.group, n, X.keys, c, width, WHOLE, CH, total.shape[1])
+        return tl.dot(q, tl.trans(k), total, input_precision="ieee")
 
 
 @triton.jit
-def scores(qk, X, b, h, queries, keys):
-    """A tile of s, from one of q k^T; -inf where a query does not see a key. `queries` and `keys` number its rows and
-    columns, or its columns and rows: (n, 1) and (1, n)."""
+def either(condition, A, B):
+    """The tensor A, or else B."""
+    batch, head = tl.where(condition, A.batch, B.batch), tl.where(condition, A.head, B.head)
+    return Heads(tl.where(condition, A.ptr, B.ptr), batch, head, tl.where(condition, A.row, B.row), 1, A.far)
+
+
+@triton.jit
+def chunk(H, b, h, row, count, c, width, WHOLE: tl.constexpr, CH: tl.constexpr, BLOCK: tl.constexpr):
+    """CH columns from c on, of BLOCK rows from `row` on; 0 where there are none: rows end at `count`, columns `width`
+    after c, unless the chunks are WHOLE."""
+    rows, columns = tl.arange(0, BLOCK)[:, None], tl.arange(0, CH)[None, :]
+    there = rows < count - row
+    if not WHOLE:
+        there = there & (columns < width)
+    return tl.load(pointers(H, b, h, row, c, rows, columns), mask=there, other=0.0)
+
+
+@triton.jit
+def inside(X, at):
+    """Which elements of a tile there are."""
+    _b, _h, m, n, queries, keys = at
+    return (queries < X.queries - m) & (keys < X.keys - n)
+
+
+@triton.jit
+def scores(qk, X, at):
+    """A tile of s, from one of q k^T; -inf where a query does not see a key. Outside of queries and keys it is anything.
+
+    `at` is (batch, head, first query, first key, queries, keys). The last two count from the first ones, along the dims
+    of the tile in which they lie: (n, 1) and (1, n), or the other way round.
+    """
+    b, h, m, n, queries, keys = at
     s = qk * X.scale
     if X.cap is not None:
         s = X.cap * tanh(s / X.cap)
-    seen = (queries < X.queries) & (keys < X.keys)
     if X.mask.ptr is not None:
-        at = queries.to(tl.int64) * X.mask.row + keys.to(tl.int64) * X.mask.column
+        mask = tl.load(pointers(X.mask, b, h, m, n, queries, keys), mask=inside(X, at), other=0)
         if X.mask.ptr.dtype.element_ty == tl.int1:
-            seen = seen & tl.load(place(X.mask, b, h) + at, mask=seen, other=False)
+            s = tl.where(mask, s, float("-inf"))
         else:
-            s += tl.load(place(X.mask, b, h) + at, mask=seen, other=0.0).to(tl.float32)
+            s += mask.to(tl.float32)
     if X.left is not None or X.right is not None:
-        i, j = positions(X.q_at, queries, X.queries), positions(X.k_at, keys, X.keys)
+        i, j = queries + (m - n), keys
+        if X.q_at is not None or X.k_at is not None:
+            i, j = positions(X.q_at, m, queries, X.queries), positions(X.k_at, n, keys, X.keys)
         if X.left is not None:
-            seen = seen & (j >= i - X.left)
+            s = tl.where(j >= i - X.left, s, float("-inf"))
         if X.right is not None:
-            seen = seen & (j <= i + X.right)
-    return tl.where(seen, s, float("-inf"))
+            s = tl.where(j <= i + X.right, s, float("-inf"))
+    return s
 
 
 @triton.jit
-def positions(AT, index, SIZE):
+def positions(AT, first, index, SIZE):
+    """Of these queries or keys."""
     if AT is None:
-        return index
+        return first + index
     else:
-        return tl.load(AT + index, mask=index < SIZE, other=0).to(tl.int32)
+        return tl.load(AT + first + index, mask=index < SIZE - first, other=0).to(tl.int32)
 
 
 @triton.jit
-def per_row(P, X, b, h, queries):
-    """The numbers of these queries in a (batch, heads, queries) tensor."""
-    return tl.load(P + (b * X.heads + h) * X.queries + queries, mask=queries < X.queries, other=0.0)
+def probabilities(s, X, at):
+    return exp(s - per_query(X.lse, X, at), X)
+
+
+@triton.jit
+def per_query(P, X, at):
+    """The numbers of a tile's queries in a (batch, heads, queries) tensor."""
+    b, h, m, _n, queries, _keys = at
+    first = (b.to(tl.int64) * X.heads + h) * X.queries + m
+    return tl.load(P + first + queries, mask=queries < X.queries - m, other=0.0)
 
 
 @triton.jit
 def exp(x, X):
-    """Where q has 16 bits, the hardware's own: an error of some float32 roundings is far below that of q."""
+    """Where q has 16 bits, the hardware's own: it is off by some roundings of float32, far less than q is."""
     if X.q.ptr.dtype.element_ty == tl.float32:
         return exact_exp(x)
     else:
@@ -148,7 +199,7 @@ def exp(x, X):
 
 @triton.jit
 def keys_seen(X, m, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SKIPS: tl.constexpr):
-    """The blocks of keys, from the first to before the last, that queries from m on see anything of."""
+    """The blocks of keys, from the first to before the last, of which queries from m on see anything."""
     first, last = 0, tl.cdiv(X.keys, BLOCK_N)
     if SKIPS and X.right is not None:
         last = tl.minimum(last, tl.cdiv(tl.maximum(m + BLOCK_M + X.right, 0), BLOCK_N))
@@ -162,7 +213,7 @@ def queries_seeing(X, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SKIPS: tl
     """The blocks of queries, from the first to before the last, that see anything of keys from n on."""
     first, last = 0, tl.cdiv(X.queries, BLOCK_M)
     if SKIPS and X.left is not None:
-        last = tl.minimum(last, tl.cdiv(n + BLOCK_N + X.left, BLOCK_M))
+        last = tl.minimum(last, tl.cdiv(tl.maximum(n + BLOCK_N + X.left, 0), BLOCK_M))
     if SKIPS and X.right is not None:
         first = tl.minimum(tl.maximum(n - X.right, 0) // BLOCK_M, last)
     return first, last
@@ -180,38 +231,40 @@ def lse_kernel(
     SKIPS: tl.constexpr,
 ):
     """lse of BLOCK_M queries; 0 of a query that sees no key."""
-    b, h, i = whereabouts(X, X.queries, BLOCK_M)
-    rows = i * BLOCK_M + tl.arange(0, BLOCK_M)
-    first, last = keys_seen(X, i * BLOCK_M, BLOCK_M, BLOCK_N, SKIPS)
+    b, h, m = whereabouts(X, X.queries, BLOCK_M)
+    queries, keys = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_N)[None, :]
+    first, last = keys_seen(X, m, BLOCK_M, BLOCK_N, SKIPS)
     top = tl.full((BLOCK_M, 1), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M, 1), tl.float32)
     qk = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for step in range(first * CHUNKS, last * CHUNKS):
-        columns = step // CHUNKS * BLOCK_N + tl.arange(0, BLOCK_N)
-        c = step % CHUNKS
-        qk = product(qk, X.q, X.k, b, h, h // X.group, rows, X.queries, columns, X.keys, c, D, CHUNKS, CH)
-        if c == CHUNKS - 1:
-            s = scores(qk, X, b, h, rows[:, None], columns[None, :])
+        n, c = step // CHUNKS * BLOCK_N, step % CHUNKS * CH
+        q = chunk(X.q, b, h, m, X.queries, c, D - c, D % CH == 0, CH, BLOCK_M)
+        k = chunk(X.k, b, h // X.group, n, X.keys, c, D - c, D % CH == 0, CH, BLOCK_N)
+        qk = tl.dot(q, tl.trans(k), qk, input_precision="ieee")
+        if step % CHUNKS == CHUNKS - 1:
+            s = scores(qk, X, (b, h, m, n, queries, keys))
+            s = tl.where(keys < X.keys - n, s, float("-inf"))
             higher = tl.maximum(top, tl.max(s, axis=1, keep_dims=True))
             base = tl.where(higher == float("-inf"), 0.0, higher)
             total = total * exp(top - base, X) + tl.sum(exp(s - base, X), axis=1, keep_dims=True)
             top = higher
             qk = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     lse = tl.where(total == 0.0, 0.0, top + log(total))
-    queries = rows[:, None]
-    tl.store(LSE + (b * X.heads + h) * X.queries + queries, lse, mask=queries < X.queries)
+    first = (b.to(tl.int64) * X.heads + h) * X.queries + m
+    tl.store(LSE + first + queries, lse, mask=queries < X.queries - m)
 
 
 @triton.jit
-def delta_kernel(
-    X, O, DELTA, DV: tl.constexpr, CHUNKS: tl.constexpr, CH: tl.constexpr, BLOCK_M: tl.constexpr
-):
+def delta_kernel(X, O, DELTA, DV: tl.constexpr, CHUNKS: tl.constexpr, CH: tl.constexpr, BLOCK_M: tl.constexpr):
     """delta of BLOCK_M queries, from o."""
-    b, h, i = whereabouts(X, X.queries, BLOCK_M)
-    rows = i * BLOCK_M + tl.arange(0, BLOCK_M)
+    b, h, m = whereabouts(X, X.queries, BLOCK_M)
+    queries = tl.arange(0, BLOCK_M)
     total = tl.zeros((BLOCK_M,), tl.float32)
-    for c in range(0, CHUNKS):
-        o = chunk(O, b, h, rows, X.queries, c, DV, CHUNKS, CH).to(tl.float32)
-        do = chunk(X.do, b, h, rows, X.queries, c, DV, CHUNKS, CH).to(tl.float32)
+    for i in range(0, CHUNKS):
+        c = i * CH
+        o = chunk(O, b, h, m, X.queries, c, DV - c, DV % CH == 0, CH, BLOCK_M).to(tl.float32)
+        do = chunk(X.do, b, h, m, X.queries, c, DV - c, DV % CH == 0, CH, BLOCK_M).to(tl.float32)
         total += tl.sum(o * do, axis=1)
-    tl.store(DELTA + (b * X.heads + h) * X.queries + rows, total, mask=rows < X.queries)
+    first = (b.to(tl.int64) * X.heads + h) * X.queries + m
+    tl.store(DELTA + first + queries, total, mask=queries < X.queries - m)

@@ -10,7 +10,17 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from retainops.kernels.attention import exp, keys_seen, per_row, place, product, queries_seeing, scores, whereabouts
+from retainops.kernels.attention import (
+    add_chunk,
+    inside,
+    keys_seen,
+    per_query,
+    pointers,
+    probabilities,
+    queries_seeing,
+    scores,
+    whereabouts,
+)
 from retainops.kernels.points import magnitude_bits
 
 
@@ -43,48 +53,46 @@ def by_query_kernel(
     D: tl.constexpr,
     DV: tl.constexpr,
     CHUNKS: tl.constexpr,
+    CHUNKS_V: tl.constexpr,
     CH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SKIPS: tl.constexpr,
-    PRODUCTS: tl.constexpr,
 ):
     """The gradients of BLOCK_M rows of s and p, and statistics of each row.
 
-    PRODUCTS: 2, or 1 where p itself is of no account. SKIPS: leave out tiles in which p is 0.
+    CHUNKS is 0 where p itself is of no account. SKIPS: leave out tiles in which it is 0.
     """
-    b, h, i = whereabouts(X, X.queries, BLOCK_M)
-    rows = i * BLOCK_M + tl.arange(0, BLOCK_M)
-    queries = rows[:, None]
-    first, last = keys_seen(X, i * BLOCK_M, BLOCK_M, BLOCK_N, SKIPS)
-    lse, delta = of_rows(X, b, h, queries)
+    b, h, m = whereabouts(X, X.queries, BLOCK_M)
+    queries, keys = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_N)[None, :]
+    first, last = keys_seen(X, m, BLOCK_M, BLOCK_N, SKIPS)
     of_s, of_p = no_sums(BLOCK_M), no_sums(BLOCK_M)
-    qk = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    dp = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for step in range(first * CHUNKS, last * CHUNKS):
-        columns = step // CHUNKS * BLOCK_N + tl.arange(0, BLOCK_N)
-        c = step % CHUNKS
-        if PRODUCTS == 2:
-            qk = product(qk, X.q, X.k, b, h, h // X.group, rows, X.queries, columns, X.keys, c, D, CHUNKS, CH)
-        dp = product(dp, X.do, X.v, b, h, h // X.group, rows, X.queries, columns, X.keys, c, DV, CHUNKS, CH)
-        if c == CHUNKS - 1:
-            keys = columns[None, :]
-            inside = (queries < X.queries) & (keys < X.keys)
-            s, p, ds = gradient(qk, dp, lse, delta, X, b, h, queries, keys, PRODUCTS)
-            of_p = add(of_p, P.sums, dp, p, inside)
-            of_s = add(of_s, S.sums, ds, s, inside)
-            keep(P, dp, b, h, queries, keys, inside)
-            keep(S, ds, b, h, queries, keys, inside)
-            qk = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-            dp = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    leave(of_p, P.sums, X, X.queries, b, h, queries)
-    leave(of_s, S.sums, X, X.queries, b, h, queries)
+    s = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    EACH: tl.constexpr = CHUNKS + CHUNKS_V
+    for step in range(first * EACH, last * EACH):
+        at = (b, h, m, step // EACH * BLOCK_N, queries, keys)
+        product = add_chunk(product, X, b, h, m, at[3], step % EACH, D, DV, CHUNKS, CH, False)
+        if CHUNKS > 0 and step % EACH == CHUNKS - 1:
+            s = scores(product, X, at)
+            product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        if step % EACH == EACH - 1:
+            p, ds = gradient(s, product, X, at, CHUNKS > 0)
+            of_p = add(of_p, P.sums, product, p, X, at)
+            of_s = add(of_s, S.sums, ds, s, X, at)
+            keep(P, product, X, at)
+            keep(S, ds, X, at)
+            product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    leave(of_p, P.sums, X, X.queries, b, h, m, queries)
+    leave(of_s, S.sums, X, X.queries, b, h, m, queries)
     if SKIPS and S.grad.ptr is not None and S.accumulate is None:
-        none = tl.broadcast_to(0.0 * (lse + delta), (BLOCK_M, BLOCK_N))  # a row that is nan is so from end to end
-        for n in range(0, first):
-            keep_all(S, none, X, b, h, queries, n, BLOCK_N)
-        for n in range(last, tl.cdiv(X.keys, BLOCK_N)):
-            keep_all(S, none, X, b, h, queries, n, BLOCK_N)
+        at = (b, h, m, m, queries, keys)
+        none = 0.0 * (per_query(X.lse, X, at) + per_query(X.delta, X, at))  # a row that is nan is so from end to end
+        none = tl.broadcast_to(none, (BLOCK_M, BLOCK_N))
+        for j in range(0, first):
+            keep(S, none, X, (b, h, m, j * BLOCK_N, queries, keys))
+        for j in range(last, tl.cdiv(X.keys, BLOCK_N)):
+            keep(S, none, X, (b, h, m, j * BLOCK_N, queries, keys))
 
 
 @triton.jit
@@ -95,60 +103,45 @@ def by_key_kernel(
     D: tl.constexpr,
     DV: tl.constexpr,
     CHUNKS: tl.constexpr,
+    CHUNKS_V: tl.constexpr,
     CH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SKIPS: tl.constexpr,
-    PRODUCTS: tl.constexpr,
 ):
     """Statistics of BLOCK_M columns of s and p, by blocks of BLOCK_N queries."""
-    b, h, j = whereabouts(X, X.keys, BLOCK_M)
-    rows = j * BLOCK_M + tl.arange(0, BLOCK_M)
-    keys = rows[:, None]
-    first, last = queries_seeing(X, j * BLOCK_M, BLOCK_N, BLOCK_M, SKIPS)
+    b, h, n = whereabouts(X, X.keys, BLOCK_M)
+    keys, queries = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_N)[None, :]
+    first, last = queries_seeing(X, n, BLOCK_N, BLOCK_M, SKIPS)
     of_s, of_p = no_sums(BLOCK_M), no_sums(BLOCK_M)
-    qk = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    dp = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for step in range(first * CHUNKS, last * CHUNKS):
-        columns = step // CHUNKS * BLOCK_N + tl.arange(0, BLOCK_N)
-        c = step % CHUNKS
-        if PRODUCTS == 2:
-            qk = product(qk, X.k, X.q, b, h // X.group, h, rows, X.keys, columns, X.queries, c, D, CHUNKS, CH)
-        dp = product(dp, X.v, X.do, b, h // X.group, h, rows, X.keys, columns, X.queries, c, DV, CHUNKS, CH)
-        if c == CHUNKS - 1:
-            queries = columns[None, :]
-            inside = (queries < X.queries) & (keys < X.keys)
-            lse, delta = of_rows(X, b, h, queries)
-            s, p, ds = gradient(qk, dp, lse, delta, X, b, h, queries, keys, PRODUCTS)
-            of_p = add(of_p, P.sums, dp, p, inside)
-            of_s = add(of_s, S.sums, ds, s, inside)
-            qk = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-            dp = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    leave(of_p, P.sums, X, X.keys, b, h, keys)
-    leave(of_s, S.sums, X, X.keys, b, h, keys)
+    s = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    EACH: tl.constexpr = CHUNKS + CHUNKS_V
+    for step in range(first * EACH, last * EACH):
+        at = (b, h, step // EACH * BLOCK_N, n, queries, keys)
+        product = add_chunk(product, X, b, h, at[2], n, step % EACH, D, DV, CHUNKS, CH, True)
+        if CHUNKS > 0 and step % EACH == CHUNKS - 1:
+            s = scores(product, X, at)
+            product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        if step % EACH == EACH - 1:
+            p, ds = gradient(s, product, X, at, CHUNKS > 0)
+            of_p = add(of_p, P.sums, product, p, X, at)
+            of_s = add(of_s, S.sums, ds, s, X, at)
+            product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    leave(of_p, P.sums, X, X.keys, b, h, n, keys)
+    leave(of_s, S.sums, X, X.keys, b, h, n, keys)
 
 
 @triton.jit
-def of_rows(X, b, h, queries):
-    """lse and delta of these queries; 0 where they are not needed."""
-    lse = tl.zeros_like(queries).to(tl.float32)
-    delta = lse
-    if X.lse is not None:
-        lse = per_row(X.lse, X, b, h, queries)
+def gradient(s, dp, X, at, HAS_S: tl.constexpr):
+    """Tiles of p and ds, which nobody reads where there is no s, or no delta."""
+    p = dp
+    if HAS_S:
+        p = probabilities(s, X, at)
+    ds = p
     if X.delta is not None:
-        delta = per_row(X.delta, X, b, h, queries)
-    return lse, delta
-
-
-@triton.jit
-def gradient(qk, dp, lse, delta, X, b, h, queries, keys, PRODUCTS: tl.constexpr):
-    """Tiles of s, p and ds. With one product there is no p, and nobody reads them."""
-    if PRODUCTS == 2:
-        s = scores(qk, X, b, h, queries, keys)
-        p = exp(s - lse, X)
-        return s, p, p * (dp - delta)
-    else:
-        return dp, dp, dp
+        ds = p * (dp - per_query(X.delta, X, at))
+    return p, ds
 
 
 @triton.jit
@@ -160,10 +153,11 @@ def no_sums(BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def add(sums, S, g, value, inside):
+def add(sums, S, g, value, X, at):
     """The sums with a tile of the gradient g added, of the point whose value is `value`."""
     sumsq, total, abs_sum, act_grad, amax, nonfinite, positive, hist = sums
-    g = tl.where(inside, g, 0.0)  # outside it need not be 0: 0 * inf is nan
+    there = inside(X, at)
+    g = tl.where(there, g, 0.0)  # outside it need not be 0: 0 * inf is nan
     if S.sumsq is not None:
         sumsq += tl.sum(g * g, axis=1, keep_dims=True)
     if S.sum is not None:
@@ -171,7 +165,7 @@ def add(sums, S, g, value, inside):
     if S.abs_sum is not None:
         abs_sum += tl.sum(tl.abs(g), axis=1, keep_dims=True)
     if S.act_grad is not None:
-        act_grad += tl.sum(tl.where(inside, g * value, 0.0), axis=1, keep_dims=True)
+        act_grad += tl.sum(tl.where(there, g * value, 0.0), axis=1, keep_dims=True)
     if S.amax is not None:  # as integers, so that nan counts as above inf
         amax = tl.maximum(amax, tl.max(magnitude_bits(g), axis=1, keep_dims=True))
     if S.nonfinite is not None:
@@ -180,15 +174,15 @@ def add(sums, S, g, value, inside):
         positive += tl.sum(tl.where(g < 0.0, 0.0, g), axis=1, keep_dims=True)
     if S.hist is not None:
         bins = tl.reshape(magnitude_bits(g) >> 23, (g.numel,))
-        hist += tl.histogram(bins, 256, mask=tl.reshape(tl.broadcast_to(inside, g.shape), (g.numel,)))
+        hist += tl.histogram(bins, 256, mask=tl.reshape(tl.broadcast_to(there, g.shape), (g.numel,)))
     return sumsq, total, abs_sum, act_grad, amax, nonfinite, positive, hist
 
 
 @triton.jit
-def leave(sums, S, X, SIZE, b, h, rows):
+def leave(sums, S, X, SIZE, b, h, first, rows):
     """Store each row's sums."""
     sumsq, total, abs_sum, act_grad, amax, nonfinite, positive, hist = sums
-    at, ok = (b * X.heads + h) * SIZE + rows, rows < SIZE
+    at, ok = ((b.to(tl.int64) * X.heads + h) * SIZE + first) + rows, rows < SIZE - first
     if S.sumsq is not None:
         tl.store(S.sumsq + at, sumsq, mask=ok)
     if S.sum is not None:
@@ -208,17 +202,11 @@ def leave(sums, S, X, SIZE, b, h, rows):
 
 
 @triton.jit
-def keep(P, g, b, h, queries, keys, inside):
+def keep(P, g, X, at):
     """Store a tile of the gradient, if it was asked for."""
     if P.grad.ptr is not None:
-        p = place(P.grad, b, h) + queries.to(tl.int64) * P.grad.row + keys.to(tl.int64) * P.grad.column
+        b, h, m, n, queries, keys = at
+        p, there = pointers(P.grad, b, h, m, n, queries, keys), inside(X, at)
         if P.accumulate is not None:
-            g += tl.load(p, mask=inside, other=0.0).to(tl.float32)
-        tl.store(p, g.to(P.grad.ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def keep_all(P, g, X, b, h, queries, n, BLOCK_N: tl.constexpr):
-    """The same for block n of keys."""
-    keys = (n * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
-    keep(P, g, b, h, queries, keys, (queries < X.queries) & (keys < X.keys))
+            g += tl.load(p, mask=there, other=0.0).to(tl.float32)
+        tl.store(p, g.to(P.grad.ptr.dtype.element_ty), mask=there)

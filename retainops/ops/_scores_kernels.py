@@ -24,6 +24,8 @@ WIDEST = 256
 PROGRAMS = 264
 """Fewer than this leave a GPU of 132 multiprocessors partly idle: heads of a tile are then shared out to several."""
 NOTHING = Point(Heads(None), None, Sums())
+FAR = 2**30
+"""As good as no bound to a window: of queries and keys there are fewer."""
 
 
 class Tiles(NamedTuple):
@@ -40,6 +42,10 @@ class Tiles(NamedTuple):
     chunk: int
     warps: int
     stages: int
+
+
+ROWS = Tiles(64, 0, 64, 4, 1)
+"""Of the output and its gradient, where delta is made."""
 
 
 def refuses(scores: Scores, s: Wanted | None, p: Wanted | None) -> str | None:
@@ -74,7 +80,8 @@ def lse_of(scores: Scores) -> Tensor:
     if scores.lse is not None:
         return scores.lse.to(torch.float32).contiguous()
     lse, tiles = _numbers(scores, scores.q.shape[:-1]), tiles_of(scores)
-    constants = _constants(scores, tiles, D=scores.q.shape[-1], SKIPS=_is_bounded(scores))
+    constants = _constants(scores, tiles, values=True, SKIPS=_is_bounded(scores))
+    del constants["DV"], constants["CHUNKS_V"]
     lse_kernel[_programs(scores, -2, tiles)](_attention(scores), lse, **constants)
     return lse
 
@@ -85,10 +92,10 @@ def delta_of(scores: Scores) -> Tensor:
         return scores.delta.to(torch.float32).contiguous()
     if scores.o is None:
         return _by_query(scores, Wanted(), Wanted(parts=("act_grad",), over="queries"))[1]["act_grad"]
-    delta, tiles = _numbers(scores, scores.q.shape[:-1]), tiles_of(scores)
-    constants = _constants(scores, tiles, DV=scores.v.shape[-1])
-    del constants["BLOCK_N"]
-    delta_kernel[_programs(scores, -2, tiles)](_attention(scores), _heads(scores.o), delta, **constants)
+    delta, dv = _numbers(scores, scores.q.shape[:-1]), scores.v.shape[-1]
+    blocks = {"CHUNKS": triton.cdiv(dv, ROWS.chunk), "CH": ROWS.chunk, "BLOCK_M": ROWS.rows}
+    programs = _programs(scores, -2, ROWS)
+    delta_kernel[programs](_attention(scores), _heads(_dense(scores.o)), delta, DV=dv, **blocks, num_warps=ROWS.warps)
     return delta
 
 
@@ -118,9 +125,8 @@ def _launch(kernel: Any, scores: Scores, dim: int, points: Sequence[Point], dens
     tiles = tiles_of(scores)
     dense = dense or any(x is not None for name, x in p.sums._asdict().items() if name != "act_grad")
     dense = dense or s.sums.act_grad is not None or s.sums.hist is not None
-    one = s == NOTHING and p.sums.act_grad is None
-    shape = {"D": scores.q.shape[-1], "DV": scores.v.shape[-1]}
-    constants = _constants(scores, tiles, **shape, SKIPS=_is_bounded(scores) and not dense, PRODUCTS=1 if one else 2)
+    values = s != NOTHING or p.sums.act_grad is not None
+    constants = _constants(scores, tiles, values, SKIPS=_is_bounded(scores) and not dense)
     kernel[_programs(scores, dim, tiles)](_attention(scores), s, p, **constants)
 
 
@@ -132,12 +138,13 @@ def _maps(scores: Scores, p: Wanted) -> Parts:
     tiles, (b, h, n, m) = tiles_of(scores), scores.shape
     programs = b * triton.cdiv(n, tiles.rows) * triton.cdiv(m, tiles.columns)
     parts = next((i for i in range(1, h) if not h % i and i * programs >= PROGRAMS), h)
-    maps = {name: _numbers(scores, (parts, b, n, m)) for name in names}
-    shape = {"D": scores.q.shape[-1], "DV": scores.v.shape[-1]}
-    constants = _constants(scores, tiles, **shape, PARTS=parts, SKIPS=_is_bounded(scores))
-    given = maps.get("chefer"), maps.get("attn_grad")
-    relevance_kernel[(programs * parts, 1, 1)](_attention(scores), *given, **constants)
-    return {name: x[0] if parts == 1 else x.sum(0) for name, x in maps.items()}
+    constants = _constants(scores, tiles, values=True, PARTS=parts, SKIPS=_is_bounded(scores))
+    maps = {}
+    for name in names:  # a launch each: there are no registers for another sum
+        shares = _numbers(scores, (parts, b, n, m))
+        relevance_kernel[(programs * parts, 1, 1)](_attention(scores), shares, RELU=name == "chefer", **constants)
+        maps[name] = shares[0] if parts == 1 else shares.sum(0)
+    return maps
 
 
 class _Sums:
@@ -188,13 +195,16 @@ def tiles_of(scores: Scores) -> Tiles:
     widths = scores.q.shape[-1], scores.v.shape[-1]
     if scores.q.dtype == torch.float32:
         return Tiles(64, 64, 16, 4, 2)
-    return Tiles(128, 128, 16 if any(width % 32 for width in widths) else 32, 8, 4)
+    return Tiles(128, 128, 32 if any(width % 64 for width in widths) else 64, 8, 3)
 
 
-def _constants(scores: Scores, tiles: Tiles, **constants: Any) -> dict[str, Any]:
-    chunks = triton.cdiv(max(constants.get("D", 0), constants.get("DV", 0)), tiles.chunk)
-    blocks = {"CHUNKS": chunks, "CH": tiles.chunk, "BLOCK_M": tiles.rows, "BLOCK_N": tiles.columns}
-    return {**constants, **blocks, "num_warps": tiles.warps, "num_stages": tiles.stages}
+def _constants(scores: Scores, tiles: Tiles, values: bool, **constants: Any) -> dict[str, Any]:
+    """What is compiled into a kernel; `values`: it needs those of s or p."""
+    d, dv = scores.q.shape[-1], scores.v.shape[-1]
+    chunks = {"CHUNKS": triton.cdiv(d, tiles.chunk) if values else 0, "CHUNKS_V": triton.cdiv(dv, tiles.chunk)}
+    blocks = {"CH": tiles.chunk, "BLOCK_M": tiles.rows, "BLOCK_N": tiles.columns}
+    warps = {"num_warps": tiles.warps, "num_stages": tiles.stages}
+    return {"D": d, "DV": dv, **chunks, **blocks, **warps, **constants}
 
 
 def _programs(scores: Scores, dim: int, tiles: Tiles) -> tuple[int, int, int]:
@@ -216,28 +226,35 @@ def _bounds(scores: Scores) -> tuple[int | None, int | None]:
     left, right = scores.window
     if scores.causal:
         right = 0 if right is None else min(right, 0)
-    most = max(scores.shape[-2:])  # so that sums with it stay in int32
-    if scores.q_at is None and scores.k_at is None:
-        left, right = (None if x is None else max(min(x, most), -most) for x in (left, right))
-    return left, right
+    return tuple(None if x is None else max(min(x, FAR), -FAR) for x in (left, right))  # sums with it stay in int32
 
 
 def _attention(scores: Scores) -> Attention:
     """The kernels' argument."""
-    left, right = _bounds(scores)
     _, h, n, m = scores.shape
     mask = None if scores.mask is None else scores.mask.expand(scores.shape)
     cap = None if scores.softcap is None else float(scores.softcap)
+    read = [_heads(_dense(t)) for t in (scores.q, scores.k, scores.v, scores.do)]
+    far = 1 if any(x.far for x in read) else None  # one pointer stands for several of them
     return Attention(
-        *(_heads(t) for t in (scores.q, scores.k, scores.v, scores.do, mask)),
+        *(x._replace(far=far) for x in read),
+        _heads(mask),
         *(scores.lse, scores.delta, scores.q_at, scores.k_at),
-        *(float(scores.scale), cap, left, right),
+        *(float(scores.scale), cap, *_bounds(scores)),
         *(h, h // scores.k.shape[1], n, m),
     )
 
 
+def _dense(t: Tensor) -> Tensor:
+    """With columns that are neighbours."""
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
 def _heads(t: Tensor | None) -> Heads:
-    return Heads(None) if t is None else Heads(t, *t.stride())
+    if t is None:
+        return Heads(None)
+    far = 256 * max(t.stride()[2:]) >= 2**30  # tiles have no more rows, or columns
+    return Heads(t, *t.stride(), far=1 if far else None)
 
 
 def _point(tensor: Tensor | None, accumulate: bool, sums: _Sums) -> Point:
