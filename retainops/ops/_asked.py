@@ -49,6 +49,12 @@ class Asked(NamedTuple):
     places: Places = ()
 
 
+def cast(tensors: Sequence[Tensor | None], dtype: torch.dtype, casts: bool) -> list[Tensor | None]:
+    """As autocast did, if it does."""
+    alone = [None if t is None else t.detach() for t in tensors]
+    return [t if t is None or not casts or t.dtype == torch.bool else t.to(dtype) for t in alone]
+
+
 def scores_of(call: Call, tensors: Sequence[Tensor | None], do: Tensor, o: Tensor | None, lse: Tensor | None) -> Scores:
     """The scores of a call of (q, k, v, mask), in dims (B, H, N, D); lse has these already."""
     q, k, v, mask = tensors

@@ -12,7 +12,7 @@ import torch
 
 from retainops import dispatch
 from retainops.ops import _fused
-from retainops.ops._asked import Asked, Call, answers, scores_of
+from retainops.ops._asked import Asked, Call, answers, cast, scores_of
 from retainops.ops._scores import Wanted
 from retainops.part import Part
 from retainops.registry import Op
@@ -124,12 +124,6 @@ def asked_of(op: str, slot: Slot, shape: torch.Size, tensor: Tensor | None, accu
     if isinstance(want, Relevance):
         wanted = wanted._replace(relevance=want.names)
     return Asked(wanted, want.resolve(op, slot.name, shape) if isinstance(want, Part) else ())
-
-
-def cast(tensors: Sequence[Tensor | None], dtype: torch.dtype, casts: bool) -> list[Tensor | None]:
-    """As autocast did, if it does."""
-    alone = [None if t is None else t.detach() for t in tensors]
-    return [t if t is None or not casts or t.dtype == torch.bool else t.to(dtype) for t in alone]
 
 
 def lse_of(o: Tensor) -> Tensor | None:

@@ -9,7 +9,7 @@ import torch
 
 from retainops.dispatch import dense
 from retainops.ops import _fused
-from retainops.ops._asked import Call, in_4_dims, scores_of
+from retainops.ops._asked import Call, cast, in_4_dims, scores_of
 from retainops.ops._plan import Output, Plan
 from retainops.ops._scores import (
     Scores,
@@ -43,15 +43,9 @@ class Tiled:
         return inputs
 
     def forward(self, inputs: Sequence[Any], layout: Plan) -> tuple[Any, ...]:
-        y = layout.empty()
-        # There is no gradient yet.
-        scores = self._scores(inputs, torch.zeros((), dtype=y.dtype, device=y.device).expand(y.shape))
-        o = y if y.dim() == 4 else torch.empty_like(scores.do, memory_format=torch.contiguous_format)
-        with torch.autocast(y.device.type, enabled=False):
-            for at in cut(scores):
-                s, _ = score_tile(scores, at)
-                at.of(o).copy_(product(probability_tile(scores, at, s), scores.v[at.batch].to(scores.held)))
-        return o.view(y.shape), y.dtype
+        y, (*tensors, _, causal, scale, gqa, softcap, window) = layout.empty(), inputs
+        forward_in_tiles(Call(causal, scale, gqa, softcap, window), tensors, y)
+        return y, y.dtype
 
     def backward(
         self,
@@ -62,30 +56,46 @@ class Tiled:
         slots: Mapping[str, Slot],
         leaves: Mapping[str, Tensor],
     ) -> list[Tensor | None]:
+        *tensors, _, causal, scale, gqa, softcap, window, _dtype = inputs
         do = dys[0]
         assert do is not None
-        q, k, v, mask = inputs[:4]
-        scores = self._scores(inputs, do)
-        grads = Gradients(scores, mask, needed)
-        with torch.autocast(do.device.type, enabled=False):
-            for at in cut(scores):
-                grads.add(at)
-        before = do.shape[:-2]
-        of_kv = (*before[:-1], k.shape[-3]) if inputs[7] else before
-        found: list[Tensor | None] = [None] * (len(inputs) - 1 + len(op.points))
-        for i, (x, b) in enumerate(zip((q, k, v), (before, of_kv, of_kv), strict=True)):
-            if (grad := grads.of[i]) is not None:
-                found[i] = grad.view(*b, *grad.shape[-2:]).sum_to_size(x.shape).to(x.dtype)
-        if grads.mask is not None:
-            found[3] = grads.mask.to(mask.dtype)
-        return found
+        grads = backward_in_tiles(Call(causal, scale, gqa, softcap, window), tensors, do, needed)
+        return [*grads, *[None] * (len(inputs) - 1 - len(grads) + len(op.points))]
 
-    def _scores(self, inputs: Sequence[Any], do: Tensor) -> Scores:
-        (q, k, v, mask, _, causal, scale, gqa, softcap, window), dtype = inputs[:10], do.dtype
-        if (q.dtype, k.dtype, v.dtype) != (dtype,) * 3:  # as autocast does
-            mask = mask if mask is None or mask.dtype == torch.bool else mask.to(dtype)
-            q, k, v = (t.to(dtype) for t in (q, k, v))
-        return scores_of(Call(causal, scale, gqa, softcap, window), (q, k, v, mask), do, None, None)
+
+def forward_in_tiles(call: Call, tensors: Sequence[Tensor | None], y: Tensor) -> None:
+    """Write the output of attention of (q, k, v, mask); it is dense."""
+    # There is no gradient yet.
+    scores = _scores(call, tensors, torch.zeros((), dtype=y.dtype, device=y.device).expand(y.shape))
+    o = in_4_dims(y)
+    with torch.autocast(y.device.type, enabled=False):
+        for at in cut(scores):
+            s, _ = score_tile(scores, at)
+            at.of(o).copy_(product(probability_tile(scores, at, s), scores.v[at.batch].to(scores.held)))
+
+
+def backward_in_tiles(
+    call: Call, tensors: Sequence[Tensor | None], do: Tensor, needed: Sequence[bool]
+) -> list[Tensor | None]:
+    """The gradients of q, k, v and the mask, those that are needed."""
+    scores = _scores(call, tensors, do)
+    grads = Gradients(scores, tensors[3], needed)
+    with torch.autocast(do.device.type, enabled=False):
+        for at in cut(scores):
+            grads.add(at)
+    before = do.shape[:-2]
+    of_kv = (*before[:-1], scores.k.shape[-3]) if call.enable_gqa else before
+    found: list[Tensor | None] = []
+    for x, b, grad in zip(tensors, (before, of_kv, of_kv), grads.of, strict=False):
+        assert x is not None
+        found.append(None if grad is None else grad.view(*b, *grad.shape[-2:]).sum_to_size(x.shape).to(x.dtype))
+    mask = tensors[3]
+    return [*found, None if grads.mask is None or mask is None else grads.mask.to(mask.dtype)]
+
+
+def _scores(call: Call, tensors: Sequence[Tensor | None], do: Tensor) -> Scores:
+    casts = any(t is not None and t.dtype != do.dtype for t in tensors[:3])  # as autocast does
+    return scores_of(call, cast(tensors, do.dtype, casts), do, None, None)
 
 
 class Gradients:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from retainops import registry
 from retainops.dispatch import backend_name, dense, requested, transformed, why_reference
+from retainops.ops import _attention_compiled
 from retainops.ops._asked import Call
 from retainops.ops._attention import POINTS, listen
 from retainops.ops._attention_tiled import tiled
@@ -99,17 +100,20 @@ def attention_of(inputs: tuple[Any, ...], requests: Sequence[Any]) -> Tensor:
     inputs = (*tensors, dropout_p, *call)
     each = [requested(ATTENTION, inputs, retain) for retain in requests]
     of_scores = any(name in slots for slots in each for name in POINTS)
-    output = validated(inputs)
+    compiling, dtype = torch.compiler.is_compiling(), product_dtype(tensors[0])
+    shape = torch.Size() if compiling else validated(inputs).shape
     if why_definition(inputs, of_scores) is not None:
         definition: Any = attention_reference
         return definition(*inputs, several_readers(each))
-    kernels = of_scores and on_kernels(inputs)
     if is_plain(inputs):
         o = sdpa(inputs)
     else:
-        o = tiled(ATTENTION, inputs, output.shape, product_dtype(tensors[0]))
+        o = _attention_compiled.tiled(call, tensors, dtype) if compiling else tiled(ATTENTION, inputs, shape, dtype)
+    kernels = of_scores and not compiling and on_kernels(inputs)
     for slots in each:
-        if any(name in slots for name in POINTS):
+        if any(name in slots for name in POINTS) and compiling:
+            o = _attention_compiled.listen(ATTENTION, call, o, tensors, slots)
+        elif any(name in slots for name in POINTS):
             o = listen(ATTENTION, call, o, tensors, slots, kernels)
         if "o" in slots:
             o = tap("attention", slots["o"], o)
@@ -122,12 +126,14 @@ def why_definition(inputs: tuple[Any, ...], of_scores: bool) -> str | None:
     tensors, is_tiled = (q, k, v, mask), not is_plain(inputs)
     if dropout_p and (of_scores or is_tiled):
         return "dropout is of the whole of p"
-    if around := transformed():
-        return around
     if is_tiled and enable_gqa and k.shape[-3] != v.shape[-3]:
         return "k and v have not the same heads"
     if is_tiled and mask is not None and mask.requires_grad and q.dim() > 4:
         return "the mask of several dims before the heads requires grad"
+    if torch.compiler.is_compiling():  # what is left is nothing Dynamo can trace
+        return None
+    if around := transformed():
+        return around
     if not all(dense(t) for t in tensors if t is not None):
         return "an input is not dense memory"
     return refuses_dtypes(*(t for t in tensors if t is not None and t.dtype != torch.bool))
