@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import Any
 
@@ -11,18 +10,21 @@ from torch import nn
 from torch.nn import functional as F
 
 from retainops.nn.point import HoldsPoints, gradients_reach
-from retainops.ops.attention import ATTENTION, attention
+from retainops.ops.attention import ATTENTION, attention, attention_of
+from retainops.retained import Retained
 
 Tensor = torch.Tensor
 
 
-def _attention(*inputs: Any, retain: Any = None) -> Tensor:
-    *others, softcap, window = inputs
-    return attention(*others, softcap=softcap, window=window, retain=retain)
+def attend(inputs: tuple[Any, ...], requests: tuple[Retained, ...]) -> Tensor:
+    """Attention of these inputs, all of them as its reference takes them, for each of these requests.
 
-
-CALLED = dataclasses.replace(ATTENTION, call=_attention)
-"""Attention, called as its reference is: with all its inputs by position."""
+    Without grad nothing is kept, and no error.
+    """
+    if requests and gradients_reach(*inputs):
+        return attention_of(inputs, requests)
+    named = dict(zip(("softcap", "window"), inputs[8:], strict=True))
+    return attention(*inputs[:8], **named)
 
 
 class MultiheadAttention(nn.MultiheadAttention, HoldsPoints):
@@ -52,7 +54,7 @@ class MultiheadAttention(nn.MultiheadAttention, HoldsPoints):
         >>> kept["self_attn.p"].chefer  # (batch, N, N)
     """
 
-    op = CALLED
+    op = ATTENTION
 
     def forward(
         self,
@@ -94,7 +96,7 @@ class MultiheadAttention(nn.MultiheadAttention, HoldsPoints):
         if need_weights:
             o, weights = self._with_weights(q, k, v, mask, dropout)
         else:
-            o = self.call(q, k, v, mask, dropout, is_causal, None, False, None, (None, None))
+            o = attend((q, k, v, mask, dropout, is_causal, None, False, None, None), self._requests)
         n, _, length, _ = o.shape
         out = self.out_proj(o.permute(2, 0, 1, 3).reshape(length * n, self.embed_dim)).view(length, n, self.embed_dim)
         if weights is not None and average_attn_weights:
