@@ -94,7 +94,7 @@ def attention(
 
 def attention_of(inputs: tuple[Any, ...], requests: Sequence[Any]) -> Tensor:
     """`attention` of these inputs, for several requests at once."""
-    *tensors, dropout_p, is_causal, scale, enable_gqa, softcap, window = inputs
+    *tensors, dropout_p, is_causal, scale, enable_gqa, softcap, window = (*inputs, *[None] * (10 - len(inputs)))
     check(softcap, window, requests)
     call = Call(is_causal, scale, enable_gqa, softcap, bounds(window))
     inputs = (*tensors, dropout_p, *call)
@@ -193,11 +193,11 @@ def attention_reference(
     is_causal: bool,
     scale: float | None,
     enable_gqa: bool,
-    softcap: float | None,
-    window: Window,
-    point: Point,
+    *rest: Any,
 ) -> Tensor:
-    """The definition."""
+    """The definition; `rest` is `point`, or softcap, window and `point`."""
+    *bounded, point = rest
+    softcap, window = bounded or (None, None)
     kind, dtype = q.device.type, product_dtype(q)
     if torch.is_autocast_enabled(kind):
         q, k, v = (t.to(dtype) for t in (q, k, v))
@@ -287,11 +287,16 @@ def _launch(inputs: tuple[Any, ...], slots: Mapping[str, Slot]) -> Tensor:
 
 
 def _sample(shape: torch.Size, dtype: torch.dtype, device: str, generator: torch.Generator) -> tuple[Any, ...]:
+    """Self-attention of (..., N, H * D): heads of 64 where they fit, else two heads of all columns."""
+    n, width = (1, 1, *shape)[-2:]
+    heads, d = (width // 64, 64) if width % 64 == 0 else (2, width)
+    size = (shape[:-2].numel(), heads, n, d)
+
     def drawn() -> Tensor:
-        x = torch.randn(shape, generator=generator, device=generator.device, dtype=torch.float64)
+        x = torch.randn(size, generator=generator, device=generator.device, dtype=torch.float64)
         return x.to(device, dtype)
 
-    return drawn(), drawn(), drawn(), None, 0.0, False, None, False, None, (None, None)
+    return drawn(), drawn(), drawn(), None, 0.0, True, None, False
 
 
 def _traffic(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[int, int, int]:
