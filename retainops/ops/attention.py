@@ -94,7 +94,7 @@ def attention(
 
 def attention_of(inputs: tuple[Any, ...], requests: Sequence[Any]) -> Tensor:
     """`attention` of these inputs, for several requests at once."""
-    *tensors, dropout_p, is_causal, scale, enable_gqa, softcap, window = (*inputs, *[None] * (10 - len(inputs)))
+    *tensors, dropout_p, is_causal, scale, enable_gqa, softcap, window = inputs + (None,) * (10 - len(inputs))
     check(softcap, window, requests)
     call = Call(is_causal, scale, enable_gqa, softcap, bounds(window))
     inputs = (*tensors, dropout_p, *call)
@@ -205,7 +205,7 @@ def attention_reference(
     with torch.autocast(kind, enabled=False):
         if enable_gqa:
             k, v = (t.repeat_interleave(q.shape[-3] // t.shape[-3], -3) for t in (k, v))
-        s = q @ k.mT * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+        s = q @ k.transpose(-2, -1) * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
         if softcap is not None:
             s = softcap * torch.tanh(s / softcap)
         if attn_mask is not None:
