@@ -140,7 +140,7 @@ def inside(X, at):
 
 @triton.jit
 def scores(qk, X, at):
-    """A tile of s, from one of q k^T; -inf where a query does not see a key. Outside of queries and keys it is anything.
+    """A tile of s, from one of q k^T; -inf where a query does not see a key. Beyond the last of them it is anything.
 
     `at` is (batch, head, first query, first key, queries, keys). The last two count from the first ones, along the dims
     of the tile in which they lie: (n, 1) and (1, n), or the other way round.
@@ -256,14 +256,14 @@ def lse_kernel(
 
 
 @triton.jit
-def delta_kernel(X, O, DELTA, DV: tl.constexpr, CHUNKS: tl.constexpr, CH: tl.constexpr, BLOCK_M: tl.constexpr):
+def delta_kernel(X, OUT, DELTA, DV: tl.constexpr, CHUNKS: tl.constexpr, CH: tl.constexpr, BLOCK_M: tl.constexpr):
     """delta of BLOCK_M queries, from o."""
     b, h, m = whereabouts(X, X.queries, BLOCK_M)
     queries = tl.arange(0, BLOCK_M)
     total = tl.zeros((BLOCK_M,), tl.float32)
-    for i in range(0, CHUNKS):
+    for i in range(CHUNKS):
         c = i * CH
-        o = chunk(O, b, h, m, X.queries, c, DV - c, DV % CH == 0, CH, BLOCK_M).to(tl.float32)
+        o = chunk(OUT, b, h, m, X.queries, c, DV - c, DV % CH == 0, CH, BLOCK_M).to(tl.float32)
         do = chunk(X.do, b, h, m, X.queries, c, DV - c, DV % CH == 0, CH, BLOCK_M).to(tl.float32)
         total += tl.sum(o * do, axis=1)
     first = (b.to(tl.int64) * X.heads + h) * X.queries + m

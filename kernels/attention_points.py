@@ -89,7 +89,7 @@ def by_query_kernel(
         at = (b, h, m, m, queries, keys)
         none = 0.0 * (per_query(X.lse, X, at) + per_query(X.delta, X, at))  # a row that is nan is so from end to end
         none = tl.broadcast_to(none, (BLOCK_M, BLOCK_N))
-        for j in range(0, first):
+        for j in range(first):
             keep(S, none, X, (b, h, m, j * BLOCK_N, queries, keys))
         for j in range(last, tl.cdiv(X.keys, BLOCK_N)):
             keep(S, none, X, (b, h, m, j * BLOCK_N, queries, keys))

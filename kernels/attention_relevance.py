@@ -37,7 +37,7 @@ def relevance_kernel(
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     s = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for step in range(0, steps):
+    for step in range(steps):
         at = (b, part * heads + step // EACH, m, n, queries, keys)
         product = add_chunk(product, X, b, at[1], m, n, step % EACH, D, DV, CHUNKS, CH, False)
         if step % EACH == CHUNKS - 1:

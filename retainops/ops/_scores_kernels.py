@@ -19,6 +19,8 @@ from retainops.stats import HIST_BINS, count
 Tensor = torch.Tensor
 Parts = dict[str, Tensor]
 DTYPES = torch.float16, torch.bfloat16, torch.float32
+DTYPES_OF_PARTS = {"nonfinite": torch.int32, "hist": torch.int32}
+"""The others are float32."""
 WIDEST = 256
 """Columns of a head; the tests go no further."""
 PROGRAMS = 264
@@ -64,23 +66,29 @@ def refuses(scores: Scores, s: Wanted | None, p: Wanted | None) -> str | None:
 def answer(scores: Scores, s: Wanted | None, p: Wanted | None) -> tuple[Parts, Parts]:
     """As `_scores.answer`, of what is not refused."""
     s, p = s or Wanted(), p or Wanted()
-    of_s, of_p = s.tensor is not None or bool(s.parts), p.takes_value
+    takes_s = s.tensor is not None or bool(s.parts)
     scores = _apart(scores, [w.tensor for w in (s, p) if w.tensor is not None])
     with on_device(scores.q.device):
-        if of_s or of_p:
+        if takes_s or p.takes_value:
             scores = scores._replace(lse=lse_of(scores))
-        if of_s:
+        if takes_s:
             scores = scores._replace(delta=delta_of(scores))
-        found = [_by_query(scores, s, p), _by_key(scores, s, p), ({}, _maps(scores, p))]
-    return {k: x for part, _ in found for k, x in part.items()}, {k: x for _, part in found for k, x in part.items()}
+        if s.tensor is not None or p.tensor is not None:
+            of = [
+                Point(_heads(w.tensor), 1 if w.accumulate else None, Sums()) if w.tensor is not None else NOTHING
+                for w in (s, p)
+            ]
+            _launch(scores, False, "grad", of[0], of[1], dense=p.tensor is not None)
+        of_s, of_p = _statistics(scores, s, p)
+        return of_s, {**of_p, **_relevance(scores, p)}
 
 
 def lse_of(scores: Scores) -> Tensor:
     """lse, (B, H, Nq), dense, in float32; made if it is not given."""
     if scores.lse is not None:
         return scores.lse.to(torch.float32).contiguous()
-    lse, tiles = _numbers(scores, scores.q.shape[:-1]), tiles_of(scores)
-    constants = _constants(scores, tiles, values=True, SKIPS=_is_bounded(scores))
+    lse, tiles = _numbers(scores, scores.q.shape[:-1]), tiles_of(scores, "lse")
+    constants = _constants(scores, tiles, True, SKIPS=_is_bounded(scores))
     del constants["DV"], constants["CHUNKS_V"]
     lse_kernel[_programs(scores, -2, tiles)](_attention(scores), lse, **constants)
     return lse
@@ -91,7 +99,7 @@ def delta_of(scores: Scores) -> Tensor:
     if scores.delta is not None:
         return scores.delta.to(torch.float32).contiguous()
     if scores.o is None:
-        return _by_query(scores, Wanted(), Wanted(parts=("act_grad",), over="queries"))[1]["act_grad"]
+        return _statistics(scores, Wanted(), Wanted(parts=("act_grad",), over="queries"))[1]["act_grad"]
     delta, dv = _numbers(scores, scores.q.shape[:-1]), scores.v.shape[-1]
     blocks = {"CHUNKS": triton.cdiv(dv, ROWS.chunk), "CH": ROWS.chunk, "BLOCK_M": ROWS.rows}
     programs = _programs(scores, -2, ROWS)
@@ -99,78 +107,62 @@ def delta_of(scores: Scores) -> Tensor:
     return delta
 
 
-def _by_query(scores: Scores, s: Wanted, p: Wanted) -> tuple[Parts, Parts]:
-    """The gradients themselves, and what is over queries, heads or the tensor."""
-    sums = [_Sums(scores, w, w.parts if w.over not in ("keys", "channels") else (), -2) for w in (s, p)]
-    if not (s.tensor is not None or p.tensor is not None or any(x.shares for x in sums)):
-        return sums[0].found(), sums[1].found()
-    points = [_point(w.tensor, w.accumulate, x) for w, x in zip((s, p), sums, strict=True)]
-    _launch(by_query_kernel, scores, -2, points, dense=p.tensor is not None)
+def _statistics(scores: Scores, s: Wanted, p: Wanted) -> tuple[Parts, Parts]:
+    """The parts of statistics: those of both points in one launch where they go the same way."""
+    sums = [_Sums(scores, w) for w in (s, p)]
+    for by_key in (False, True):
+        of_s, of_p = (x.shares if x.by_key == by_key else {} for x in sums)
+        dense = bool(of_p.keys() - {"act_grad"} or of_s.keys() & {"act_grad", "hist"})
+        if of_s or of_p:
+            s_point, p_point = (NOTHING._replace(sums=Sums(**x)) for x in (of_s, of_p))
+            _launch(scores, by_key, "statistics", s_point, p_point, dense=dense)
     return sums[0].found(), sums[1].found()
 
 
-def _by_key(scores: Scores, s: Wanted, p: Wanted) -> tuple[Parts, Parts]:
-    """What is over keys, or over all but the last dim; and legrad."""
-    legrad = tuple(name for name in p.relevance if name == "legrad")
-    of_s, of_p = (w.parts if w.over in ("keys", "channels") else () for w in (s, p))
-    sums = [_Sums(scores, s, of_s, -1), _Sums(scores, p, of_p + legrad, -1)]
-    if any(x.shares for x in sums):
-        _launch(by_key_kernel, scores, -1, [_point(None, False, x) for x in sums], dense=bool(legrad))
-    return sums[0].found(), sums[1].found()
+def _relevance(scores: Scores, p: Wanted) -> Parts:
+    """A launch each: there are no registers for the sums of another."""
+    return {name: _legrad(scores) if name == "legrad" else _map(scores, name) for name in p.relevance}
 
 
-def _launch(kernel: Any, scores: Scores, dim: int, points: Sequence[Point], dense: bool) -> None:
-    """Launch a kernel by blocks of a dim of the scores; `dense`: it wants something of tiles in which p is 0."""
-    s, p = points
-    tiles = tiles_of(scores)
-    dense = dense or any(x is not None for name, x in p.sums._asdict().items() if name != "act_grad")
-    dense = dense or s.sums.act_grad is not None or s.sums.hist is not None
-    values = s != NOTHING or p.sums.act_grad is not None
-    constants = _constants(scores, tiles, values, SKIPS=_is_bounded(scores) and not dense)
-    kernel[_programs(scores, dim, tiles)](_attention(scores), s, p, **constants)
+def _legrad(scores: Scores) -> Tensor:
+    b, h, n, m = scores.shape
+    shares = _numbers(scores, (b, h, m))
+    _launch(scores, True, "legrad", NOTHING, NOTHING._replace(sums=Sums(positive=shares)), dense=True)
+    return shares.sum(1) / (h * n)
 
 
-def _maps(scores: Scores, p: Wanted) -> Parts:
+def _map(scores: Scores, name: str) -> Tensor:
     """Relevance of each query and key."""
-    names = [name for name in p.relevance if name != "legrad"]
-    if not names:
-        return {}
-    tiles, (b, h, n, m) = tiles_of(scores), scores.shape
+    tiles, (b, h, n, m) = tiles_of(scores, "relevance"), scores.shape
     programs = b * triton.cdiv(n, tiles.rows) * triton.cdiv(m, tiles.columns)
     parts = next((i for i in range(1, h) if not h % i and i * programs >= PROGRAMS), h)
-    constants = _constants(scores, tiles, values=True, PARTS=parts, SKIPS=_is_bounded(scores))
-    maps = {}
-    for name in names:  # a launch each: there are no registers for another sum
-        shares = _numbers(scores, (parts, b, n, m))
-        relevance_kernel[(programs * parts, 1, 1)](_attention(scores), shares, RELU=name == "chefer", **constants)
-        maps[name] = shares[0] if parts == 1 else shares.sum(0)
-    return maps
+    shares = _numbers(scores, (parts, b, n, m))
+    constants = _constants(scores, tiles, True, RELU=name == "chefer", PARTS=parts, SKIPS=_is_bounded(scores))
+    relevance_kernel[(programs * parts, 1, 1)](_attention(scores), shares, **constants)
+    return shares[0] if parts == 1 else shares.sum(0)
+
+
+def _launch(scores: Scores, by_key: bool, kind: str, s: Point, p: Point, dense: bool) -> None:
+    """Launch a kernel of points; `dense`: it wants something of tiles too in which p is 0."""
+    tiles, values = tiles_of(scores, kind), s != NOTHING or p.sums.act_grad is not None
+    constants = _constants(scores, tiles, values, SKIPS=_is_bounded(scores) and not dense)
+    kernel = by_key_kernel if by_key else by_query_kernel
+    kernel[_programs(scores, -1 if by_key else -2, tiles)](_attention(scores), s, p, **constants)
 
 
 class _Sums:
-    """Statistics of one point, a number for each row of a dim of the scores, which are then put together.
+    """The statistics of one point: shares, a number for each query or for each key, which are then put together."""
 
-    Args:
-        wanted, parts: which of its parts to take here.
-        dim: -2: each query's over its keys; -1: each key's over its queries.
-    """
-
-    def __init__(self, scores: Scores, wanted: Wanted, parts: Sequence[str], dim: int) -> None:
-        self.scores, self.over, self.dim = scores, wanted.over, dim
-        self.parts = parts
-        b, h, n = *scores.shape[:2], scores.shape[dim]
-        self.shares = {}
-        for part in parts:
-            if part == "hist":
-                rows = _programs(scores, dim, tiles_of(scores))[0]
-                self.shares[part] = _numbers(scores, (rows, HIST_BINS), torch.int32)
-            elif part != "count":
-                dtype = torch.int32 if part == "nonfinite" else torch.float32
-                self.shares[part] = _numbers(scores, (b, h, n), dtype)
-
-    def pointers(self) -> Sums:
-        """Where the kernel leaves them."""
-        return Sums(**{"positive" if name == "legrad" else name: x for name, x in self.shares.items()})
+    def __init__(self, scores: Scores, wanted: Wanted) -> None:
+        self.scores, self.over, self.parts = scores, wanted.over, wanted.parts
+        self.by_key = wanted.over in ("keys", "channels")
+        dim = -1 if self.by_key else -2
+        shape, rows = (*scores.shape[:2], scores.shape[dim]), _programs(scores, dim, tiles_of(scores, "statistics"))[0]
+        self.shares = {
+            part: _numbers(scores, (rows, HIST_BINS) if part == "hist" else shape, DTYPES_OF_PARTS.get(part))
+            for part in wanted.parts
+            if part != "count"
+        }
 
     def found(self) -> Parts:
         """The parts."""
@@ -180,22 +172,30 @@ class _Sums:
         return found
 
     def _total(self, name: str, x: Tensor) -> Tensor:
-        if name == "hist":
-            return x.sum(0)
-        if name == "legrad":
-            return x.sum(1) / (x.shape[1] * self.scores.shape[-2])
-        dims = {"tensor": (0, 1, 2), "heads": (2,), "channels": (0, 1)}.get(self.over, ())
+        dims = (0,) if name == "hist" else {"tensor": (0, 1, 2), "heads": (2,), "channels": (0, 1)}.get(self.over, ())
         if not dims:
             return x.to(torch.int64) if name == "nonfinite" else x
         return x.amax(dims) if name == "amax" else x.sum(dims)
 
 
-def tiles_of(scores: Scores) -> Tiles:
-    """How to cut up the work: by dtypes and shapes alone, so that no answer depends on what else is asked for."""
-    widths = scores.q.shape[-1], scores.v.shape[-1]
-    if scores.q.dtype == torch.float32:
+def tiles_of(scores: Scores, kind: str) -> Tiles:
+    """How to cut up the work: by shapes, dtypes and the GPU, so that no answer depends on what else is asked for.
+
+    They are as large as registers allow, by what ptxas says of each kernel (tests/test_attention_machine_code.py).
+
+    Args:
+        kind: "grad", "statistics", "relevance", "legrad" or "lse": what is kept of a tile.
+    """
+    if scores.q.dtype == torch.float32:  # without tensor cores, which would round to 10 bits
         return Tiles(64, 64, 16, 4, 2)
-    return Tiles(128, 128, 32 if any(width % 64 for width in widths) else 64, 8, 3)
+    target = triton.runtime.driver.active.get_current_target()
+    hopper, blackwell = (target.backend == "cuda" and target.arch // 10 == n for n in (9, 10))
+    columns = 64 if kind == "statistics" or blackwell else 128
+    widths = scores.q.shape[-1], scores.v.shape[-1]
+    chunks = (64, 32) if hopper or blackwell else (32,)  # others hold a chunk in registers
+    # Of chunks that are not full not more than a fifth is wasted.
+    chunk = next((c for c in chunks if all(4 * c * triton.cdiv(w, c) <= 5 * w for w in widths)), 16)
+    return Tiles(128, columns, chunk, 8, 3)
 
 
 def _constants(scores: Scores, tiles: Tiles, values: bool, **constants: Any) -> dict[str, Any]:
@@ -212,8 +212,8 @@ def _programs(scores: Scores, dim: int, tiles: Tiles) -> tuple[int, int, int]:
     return b * h * triton.cdiv(scores.shape[dim], tiles.rows), 1, 1
 
 
-def _numbers(scores: Scores, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device=scores.q.device)
+def _numbers(scores: Scores, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+    return torch.empty(shape, dtype=dtype or torch.float32, device=scores.q.device)
 
 
 def _is_bounded(scores: Scores) -> bool:
@@ -226,7 +226,8 @@ def _bounds(scores: Scores) -> tuple[int | None, int | None]:
     left, right = scores.window
     if scores.causal:
         right = 0 if right is None else min(right, 0)
-    return tuple(None if x is None else max(min(x, FAR), -FAR) for x in (left, right))  # sums with it stay in int32
+    left, right = (None if x is None else max(min(x, FAR), -FAR) for x in (left, right))  # sums stay in int32
+    return left, right
 
 
 def _attention(scores: Scores) -> Attention:
@@ -257,13 +258,9 @@ def _heads(t: Tensor | None) -> Heads:
     return Heads(t, *t.stride(), far=1 if far else None)
 
 
-def _point(tensor: Tensor | None, accumulate: bool, sums: _Sums) -> Point:
-    return Point(_heads(tensor), 1 if accumulate else None, sums.pointers())
-
-
 def _apart(scores: Scores, written: Sequence[Tensor]) -> Scores:
     """With copies of what shares memory with a tensor that is written: programs would race."""
-    changed = {
+    changed: dict[str, Any] = {
         name: t.clone()
         for name, t in scores._asdict().items()
         if isinstance(t, Tensor) and any(share_memory(t, w) for w in written)
