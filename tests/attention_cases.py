@@ -203,3 +203,17 @@ def run_eager(
     loss_of(points["o"]).backward()
     found = {name: {"value": t.detach(), "grad": t.grad} for name, t in points.items()}
     return found | {name: {"value": t.detach(), "grad": t.grad} for name, t in (("q", q), ("k", k), ("v", v))}
+
+
+def error(x: Tensor, true: Tensor) -> float:
+    """max |x - true| over elements where neither is infinite or nan; those must be so in both."""
+    assert x.shape == true.shape
+    assert torch.equal(x.double().isfinite(), true.isfinite())
+    apart = (x.double() - true)[true.isfinite()]
+    return apart.abs().max().item() if apart.numel() else 0.0
+
+
+def bar(eager: Tensor, true: Tensor, dtype: torch.dtype, times: float = 1.0, units: float = 1.0) -> float:
+    """So many times eager's error, or so many units in the last place of the largest element, whichever is larger."""
+    largest = true[true.isfinite()].abs().max().item() if true.isfinite().any() else 0.0
+    return max(times * error(eager, true), units * torch.finfo(dtype).eps * largest)
