@@ -144,8 +144,8 @@ CASES = {
 
 def eager(case: Case, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
     """s, p and o in plain PyTorch, with `retain_grad()` called on each: in the dtype of the inputs."""
-    group = q.shape[-3] // k.shape[-3]
-    k, v = (t.repeat_interleave(group, -3) for t in (k, v))
+    if case.gqa:
+        k, v = (t.repeat_interleave(q.shape[-3] // t.shape[-3], -3) for t in (k, v))
     s = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if case.scale is None else case.scale)
     if case.softcap is not None:
         s = case.softcap * (s / case.softcap).tanh()

@@ -78,14 +78,19 @@ class Ear(torch.autograd.Function):
 
 
 def listen(
-    op: Op, call: Call, o: Tensor, tensors: Sequence[Tensor | None], slots: Mapping[str, Slot], kernels: bool
+    op: Op,
+    call: Call,
+    o: Tensor,
+    tensors: Sequence[Tensor | None],
+    slots: Mapping[str, Slot],
+    kernels: bool,
+    lse: Tensor | None,
 ) -> Tensor:
     """An output of attention of (q, k, v, mask), such that its backward answers what slots ask of s and p."""
     k = tensors[1]
     assert k is not None
     shape = torch.Size((*o.shape[:-1], k.shape[-2]))
     leaves = [slots[name].bind(op.name, shape, o.dtype, o.device) if name in slots else None for name in POINTS]
-    lse = lse_of(o) if kernels else None
     return Ear.apply(op, call, slots, kernels, o, lse, *tensors, *leaves)
 
 

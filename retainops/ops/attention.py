@@ -14,7 +14,7 @@ from retainops import registry
 from retainops.dispatch import backend_name, dense, requested, transformed, why_reference
 from retainops.ops import _attention_compiled
 from retainops.ops._asked import Call
-from retainops.ops._attention import POINTS, listen
+from retainops.ops._attention import POINTS, listen, lse_of
 from retainops.ops._attention_tiled import tiled
 from retainops.ops._check import refuses_dtypes
 from retainops.part import Part
@@ -102,7 +102,9 @@ def attention_of(inputs: tuple[Any, ...], requests: Sequence[Any]) -> Tensor:
     of_scores = any(name in slots for slots in each for name in POINTS)
     compiling, dtype = torch.compiler.is_compiling(), product_dtype(tensors[0])
     shape = torch.Size() if compiling else validated(inputs).shape
-    if why_definition(inputs, of_scores) is not None:
+    if (why := why_definition(inputs, of_scores)) is not None:
+        if of_scores:
+            refuse(why)
         definition: Any = attention_reference
         return definition(*inputs, several_readers(each))
     if is_plain(inputs):
@@ -110,11 +112,12 @@ def attention_of(inputs: tuple[Any, ...], requests: Sequence[Any]) -> Tensor:
     else:
         o = _attention_compiled.tiled(call, tensors, dtype) if compiling else tiled(ATTENTION, inputs, shape, dtype)
     kernels = of_scores and not compiling and on_kernels(inputs)
+    lse = lse_of(o) if kernels else None
     for slots in each:
         if any(name in slots for name in POINTS) and compiling:
             o = _attention_compiled.listen(ATTENTION, call, o, tensors, slots)
         elif any(name in slots for name in POINTS):
-            o = listen(ATTENTION, call, o, tensors, slots, kernels)
+            o = listen(ATTENTION, call, o, tensors, slots, kernels, lse)
         if "o" in slots:
             o = tap("attention", slots["o"], o)
     return o
@@ -125,7 +128,7 @@ def why_definition(inputs: tuple[Any, ...], of_scores: bool) -> str | None:
     q, k, v, mask, dropout_p, _, _, enable_gqa, *_ = inputs
     tensors, is_tiled = (q, k, v, mask), not is_plain(inputs)
     if dropout_p and (of_scores or is_tiled):
-        return "dropout is of the whole of p"
+        return "dropout_p is not 0"
     if is_tiled and enable_gqa and k.shape[-3] != v.shape[-3]:
         return "k and v have not the same heads"
     if is_tiled and mask is not None and mask.requires_grad and q.dim() > 4:
@@ -163,13 +166,18 @@ def sdpa(inputs: Sequence[Any]) -> Tensor:
 
 def on_kernels(inputs: tuple[Any, ...]) -> bool:
     """Whether the scores are made again by the kernels."""
-    why = why_reference(ATTENTION, inputs[:-1])
-    if why is not None and backend_name() == "triton":
+    if (why := why_reference(ATTENTION, inputs[:-1])) is not None:
+        refuse(why)
+    return why is None
+
+
+def refuse(why: str) -> None:
+    """Raise where nothing but the kernels will do."""
+    if not torch.compiler.is_compiling() and backend_name() == "triton":
         raise RuntimeError(
             f'attention: the backend is "triton", and the kernels cannot take this call: {why}; '
             'use backend("auto") to let it take the reference path'
         )
-    return why is None
 
 
 def several_readers(requests: Sequence[Mapping[str, Slot]]) -> Point:
