@@ -108,7 +108,8 @@ def attention_forward(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     causal = bool(query.shape[2] > 1 and attention_mask is None and causal)
     if causal and key.shape[2] > query.shape[2]:
-        # The first tokens of a cache of fixed length: what is behind them is not there yet.
+        # The first tokens of a cache of fixed length, whose rest is empty. Flash attention takes causality of as many
+        # queries as keys alone.
         key, value = (t[:, :, : query.shape[2]] for t in (key, value))
         position_bias = None if position_bias is None else position_bias[..., : query.shape[2]]
     if position_bias is not None:
