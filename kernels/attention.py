@@ -24,7 +24,9 @@ from retainops.kernels.unary import tanh
 class Heads(NamedTuple):
     """A tensor of (batch, head, row, column): its pointer, or None, and four strides in elements.
 
-    `far` is 1 where offsets within a tile take 64 bits; from one tile to another they always do.
+    `far` is 1 where offsets within a tile take 64 bits; from one tile to another they always do. `eighths` is 1 where
+    all strides but that of columns are given in units of 8 elements: so Triton knows that they divide by 8, and reads
+    128 bits at a time. By itself it finds out about 16, which a head size of 72 is no multiple of.
     """
 
     ptr: Any
@@ -33,6 +35,7 @@ class Heads(NamedTuple):
     row: Any = 0
     column: Any = 0
     far: Any = None
+    eighths: Any = None
 
 
 class Attention(NamedTuple):
@@ -68,12 +71,13 @@ def whereabouts(X, SIZE, BLOCK: tl.constexpr):
 @triton.jit
 def pointers(H, b, h, row, column, rows, columns):
     """To the elements (row + rows, column + columns) of a head; rows and columns count within a tile."""
-    tile = H.ptr + (b.to(tl.int64) * H.batch + h.to(tl.int64) * H.head)
-    tile += row.to(tl.int64) * H.row + column.to(tl.int64) * H.column
+    UNIT: tl.constexpr = 1 if H.eighths is None else 8
+    tile = H.ptr + (b.to(tl.int64) * H.batch + h.to(tl.int64) * H.head + row.to(tl.int64) * H.row) * UNIT
+    tile += column.to(tl.int64) * H.column
     if H.far is not None:
-        return tile + (rows.to(tl.int64) * H.row + columns.to(tl.int64) * H.column)
+        return tile + (rows.to(tl.int64) * H.row * UNIT + columns.to(tl.int64) * H.column)
     else:
-        return tile + (rows * H.row + columns * H.column)
+        return tile + (rows * (H.row * UNIT) + columns * H.column)
 
 
 @triton.jit
@@ -117,7 +121,8 @@ def add_chunk(
 def either(condition, A, B):
     """The tensor A, or else B."""
     batch, head = tl.where(condition, A.batch, B.batch), tl.where(condition, A.head, B.head)
-    return Heads(tl.where(condition, A.ptr, B.ptr), batch, head, tl.where(condition, A.row, B.row), 1, A.far)
+    row = tl.where(condition, A.row, B.row)
+    return Heads(tl.where(condition, A.ptr, B.ptr), batch, head, row, 1, A.far, A.eighths)
 
 
 @triton.jit

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -187,10 +187,11 @@ def tiles_of(scores: Scores, kind: str) -> Tiles:
         kind: "grad", "statistics", "relevance", "legrad" or "lse": what is kept of a tile.
     """
     if scores.q.dtype == torch.float32:  # without tensor cores, which would round to 10 bits
-        return Tiles(64, 64, 16, 4, 2)
+        return Tiles(64, 64, 16, 8 if kind in ("statistics", "legrad") else 4, 2)
     target = triton.runtime.driver.active.get_current_target()
     hopper, blackwell = (target.backend == "cuda" and target.arch // 10 == n for n in (9, 10))
-    columns = 64 if kind == "statistics" or blackwell else 128
+    cut = kind == "grad" and _bounds(scores) != (None, None)  # comparisons of places take registers too
+    columns = 64 if kind == "statistics" or cut or blackwell else 128
     widths = scores.q.shape[-1], scores.v.shape[-1]
     chunks = (64, 32) if hopper or blackwell else (32,)  # others hold a chunk in registers
     # Of chunks that are not full not more than a fifth is wasted.
@@ -235,15 +236,22 @@ def _attention(scores: Scores) -> Attention:
     _, h, n, m = scores.shape
     mask = None if scores.mask is None else scores.mask.expand(scores.shape)
     cap = None if scores.softcap is None else float(scores.softcap)
-    read = [_heads(_dense(t)) for t in (scores.q, scores.k, scores.v, scores.do)]
-    far = 1 if any(x.far for x in read) else None  # one pointer stands for several of them
     return Attention(
-        *(x._replace(far=far) for x in read),
+        *_alike(_dense(t) for t in (scores.q, scores.k, scores.v, scores.do)),
         _heads(mask),
         *(scores.lse, scores.delta, scores.q_at, scores.k_at),
         *(float(scores.scale), cap, *_bounds(scores)),
         *(h, h // scores.k.shape[1], n, m),
     )
+
+
+def _alike(tensors: Iterable[Tensor]) -> list[Heads]:
+    """One pointer stands for one or another of them: so what is compiled in must be true of all."""
+    read = [_heads(t) for t in tensors]
+    far = 1 if any(x.far for x in read) else None
+    if any(stride % 8 for x in read for stride in (x.batch, x.head, x.row)):
+        return [x._replace(far=far) for x in read]
+    return [Heads(x.ptr, x.batch // 8, x.head // 8, x.row // 8, x.column, far, 1) for x in read]
 
 
 def _dense(t: Tensor) -> Tensor:
