@@ -311,6 +311,8 @@ def draw(rows: list[Row], out: Path) -> None:
                 axes.add_patch(frame)
         for axes in line:
             axes.set_axis_off()
+    if rows[0].where is not None:
+        figure.supxlabel("in the dotted frame is the digit", fontsize=9)
     bar = figure.colorbar(shown, ax=figure.axes, location="right", shrink=0.6, aspect=30)
     bar.set_label("relevance, of the largest in the map", fontsize=9)
     bar.solids.set_alpha(1)

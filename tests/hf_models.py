@@ -63,7 +63,15 @@ FAMILIES = {
     ),
     "gpt2": Family(
         hf.GPT2LMHeadModel,
-        hf.GPT2Config(vocab_size=VOCABULARY, n_embd=WIDTH, n_layer=LAYERS, n_head=HEADS, n_positions=64),
+        hf.GPT2Config(
+            vocab_size=VOCABULARY,
+            n_embd=WIDTH,
+            n_layer=LAYERS,
+            n_head=HEADS,
+            n_positions=64,
+            bos_token_id=1,
+            eos_token_id=2,
+        ),
         "transformer.h.{}.attn",
     ),
 }

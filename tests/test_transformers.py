@@ -327,3 +327,19 @@ def test_under_gradient_checkpointing() -> None:
         y.backward(projection(y, given))
     for slot, w in zip(kept.values(), want.weights, strict=True):
         assert_close(slot.grad, w.grad, slot.name)
+
+
+# torch.compile's own doing.
+@pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_compiled_in_one_graph() -> None:
+    _, model, given = made("llama")
+    want = eager(model, given)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with ro.retain(compiled, "*.p", ro.Relevance("chefer")) as kept:
+        y = compiled(**given)[0]
+        y.backward(projection(y, given))
+    torch._dynamo.reset()
+    for slot, w in zip(kept.values(), want.weights, strict=True):
+        assert_close(slot.chefer, (w * w.grad).relu().mean(1).detach(), slot.name)
