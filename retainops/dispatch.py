@@ -226,6 +226,9 @@ def explain(op: Callable[..., Any] | str, *inputs: Any) -> str:
     """
     record = find(op)
     why = why_reference(record, inputs)
+    if record.kind == "attention":
+        path = "the Triton kernels" if why is None else f"the reference path: {why}"
+        return f"{record.name}'s output and its gradients are PyTorch's own; its scores, if asked for, take {path}."
     if why is None:
         where = next(x.device for x in inputs if isinstance(x, torch.Tensor))
         return f"{record.name} takes the Triton kernels: every input is a dense floating-point tensor on {where}."

@@ -344,7 +344,7 @@ def test_nested_requests_are_each_answered(path: Any) -> None:
 
 
 class TestDropout:
-    """Retained scores and probabilities go through the definition: p is before dropout, its gradient has its factors."""
+    """Retained scores and probabilities go by the definition. p is before dropout; its gradient has the factors."""
 
     def test_its_gradients(self, path: Any) -> None:
         q, k, v, _ = CAUSAL.tensors(torch.float64, path.device)

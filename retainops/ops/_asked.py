@@ -55,6 +55,15 @@ def cast(tensors: Sequence[Tensor | None], dtype: torch.dtype, casts: bool) -> l
     return [t if t is None or not casts or t.dtype == torch.bool else t.to(dtype) for t in alone]
 
 
+def output_shape(q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool) -> tuple[int, ...]:
+    """Of attention: leading dims broadcast, those of heads by groups."""
+    if enable_gqa:
+        before = (*torch.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3]), q.shape[-3])
+    else:
+        before = tuple(torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], v.shape[:-2]))
+    return (*before, q.shape[-2], v.shape[-1])
+
+
 def scores_of(call: Call, tensors: Sequence[Tensor | None], do: Tensor, o: Tensor | None, lse: Tensor | None) -> Scores:
     """The scores of a call of (q, k, v, mask), in dims (B, H, N, D); lse has these already."""
     q, k, v, mask = tensors

@@ -55,7 +55,8 @@ class Ear(torch.autograd.Function):
         ctx.autocast = _fused.autocast_here(o.device.type)
         ctx.casts = torch.is_autocast_enabled(o.device.type)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, o, lse)
+        ctx.dtype = o.dtype
+        ctx.save_for_backward(*tensors, o if kernels else None, lse)
         return o.view_as(o)
 
     @staticmethod
@@ -71,8 +72,8 @@ class Ear(torch.autograd.Function):
                 found = _fused.through_reference(ctx.op, inputs, needed, ctx.slots, ctx.leaves, (do,))
             return *none, None, None, *found[:4], *found[len(inputs) :][: len(POINTS)]
         leaves = {name: ctx.leaves[name] for name, need in zip(POINTS, needs[10:], strict=True) if need}
-        tensors = cast(tensors, o.dtype, ctx.casts)
-        with torch.autocast(o.device.type, enabled=False):
+        tensors = cast(tensors, ctx.dtype, ctx.casts)
+        with torch.autocast(do.device.type, enabled=False):
             kept = _hear(ctx.op.name, ctx.call, tensors, do, o, lse, ctx.slots, leaves, ctx.kernels)
         return *none, do, None, None, None, None, None, *(kept.get(name) for name in POINTS)
 
@@ -99,7 +100,7 @@ def _hear(
     call: Call,
     tensors: Sequence[Tensor | None],
     do: Tensor,
-    o: Tensor,
+    o: Tensor | None,
     lse: Tensor | None,
     slots: Mapping[str, Slot],
     leaves: Mapping[str, Tensor],
@@ -108,7 +109,7 @@ def _hear(
     """What to return to autograd for each slot, once it has all it asked for."""
     scores, k = scores_of(call, tensors, do, o, lse), tensors[1]
     assert k is not None
-    shape = torch.Size((*o.shape[:-1], k.shape[-2]))
+    shape = torch.Size((*do.shape[:-1], k.shape[-2]))
     given = {name: slots[name].answer(op, leaf.shape, leaf.dtype, leaf.device) for name, leaf in leaves.items()}
     asked = {name: asked_of(op, slots[name], shape, answer.tensor, answer.accumulate) for name, answer in given.items()}
     found = answers(scores, shape, asked.get("s"), asked.get("p"), kernels)
@@ -156,5 +157,5 @@ def _normal(lse: Tensor, o: Tensor) -> Tensor | None:
 
 def _hooked() -> bool:
     """Whether saved tensors are packed: by checkpointing, or to lie in another memory."""
-    top: Callable[[bool], Any] = torch._C._autograd._top_saved_tensors_default_hooks
-    return top(False) is not None
+    top: Callable[[bool], Any] | None = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return top is None or top(False) is not None

@@ -12,7 +12,7 @@ import torch
 
 from retainops import parcel
 from retainops.dispatch import backend_name
-from retainops.ops._asked import Asked, Call, answers, cast, scores_of, shape_of
+from retainops.ops._asked import Asked, Call, answers, cast, output_shape, scores_of, shape_of
 from retainops.ops._attention import POINTS
 from retainops.ops._attention_tiled import backward_in_tiles, forward_in_tiles
 from retainops.ops._scores import Wanted
@@ -140,14 +140,14 @@ def forward(
     window: Sequence[int],
 ) -> Tensor:
     """`forward_in_tiles`."""
-    y = q.new_empty(_output_shape(q, k, v, enable_gqa))
+    y = q.new_empty(output_shape(q, k, v, enable_gqa))
     forward_in_tiles(Call(is_causal, scale, enable_gqa, softcap, _bounds(window)), (q, k, v, mask), y)
     return y
 
 
 @forward.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, _: bool, scale: Any, enable_gqa: bool, *__: Any) -> Tensor:
-    return q.new_empty(_output_shape(q, k, v, enable_gqa))
+    return q.new_empty(output_shape(q, k, v, enable_gqa))
 
 
 @torch.library.custom_op("retainops::attention_backward", mutates_args=())
@@ -174,14 +174,6 @@ def backward(
 def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *others: Any) -> list[Tensor]:
     tensors = zip((q, k, v, mask), others[-1], strict=True)
     return [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t, need in tensors if t is not None and need]
-
-
-def _output_shape(q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool) -> tuple[int, ...]:
-    if enable_gqa:
-        before = (*torch.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3]), q.shape[-3])
-    else:
-        before = tuple(torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], v.shape[:-2]))
-    return (*before, q.shape[-2], v.shape[-1])
 
 
 class Tiled(torch.autograd.Function):

@@ -9,7 +9,7 @@ import torch
 
 from retainops.dispatch import dense
 from retainops.ops import _fused
-from retainops.ops._asked import Call, cast, in_4_dims, scores_of
+from retainops.ops._asked import Call, cast, in_4_dims, output_shape, scores_of
 from retainops.ops._plan import Output, Plan
 from retainops.ops._scores import (
     Scores,
@@ -27,9 +27,11 @@ from retainops.slots import Slot
 Tensor = torch.Tensor
 
 
-def tiled(op: Op, inputs: tuple[Any, ...], shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """Attention of these inputs, its output of this shape and dtype; nothing is asked of it."""
-    output = Output(shape, torch.empty(shape, device="meta").stride(), dtype)
+def tiled(op: Op, inputs: tuple[Any, ...], dtype: torch.dtype) -> Tensor:
+    """Attention of these inputs, its output of this dtype; nothing is asked of it."""
+    q, k, v, *_ = inputs
+    like = torch.empty(output_shape(q, k, v, inputs[7]), dtype=dtype, device="meta")
+    output = Output(like.shape, like.stride(), dtype)
     layout = Plan((output,), {}, inputs[0].device)
     return _fused.Fused.apply(op, Tiled(), {}, layout, *inputs, *(None for _ in op.points))
 

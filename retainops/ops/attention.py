@@ -11,18 +11,21 @@ import torch
 from torch.nn import functional as F
 
 from retainops import registry
-from retainops.dispatch import backend_name, dense, requested, transformed, why_reference
+from retainops.dispatch import HAS_TRITON, ambient, backend_name, dense, requested, transformed, why_reference
 from retainops.ops import _attention_compiled
-from retainops.ops._asked import Call
+from retainops.ops._asked import Call, cast, output_shape, scores_of
 from retainops.ops._attention import POINTS, listen, lse_of
 from retainops.ops._attention_tiled import tiled
-from retainops.ops._check import refuses_dtypes
+from retainops.ops._check import check_tensor, refuses_dtypes
 from retainops.part import Part
 from retainops.points import reader, tap
 from retainops.registry import Op, Point, PointInfo
 from retainops.relevance import Relevance
 from retainops.retained import Retained
 from retainops.slots import Slot
+
+if HAS_TRITON:
+    from retainops.ops import _scores_kernels
 
 Tensor = torch.Tensor
 Window = int | tuple[int | None, int | None] | None
@@ -98,19 +101,23 @@ def attention_of(inputs: tuple[Any, ...], requests: Sequence[Any]) -> Tensor:
     check(softcap, window, requests)
     call = Call(is_causal, scale, enable_gqa, softcap, bounds(window))
     inputs = (*tensors, dropout_p, *call)
+    check_tensor("attention", **dict(zip(("q", "k", "v"), tensors, strict=False)))
     each = [requested(ATTENTION, inputs, retain) for retain in requests]
     of_scores = any(name in slots for slots in each for name in POINTS)
-    compiling, dtype = torch.compiler.is_compiling(), product_dtype(tensors[0])
-    shape = torch.Size() if compiling else validated(inputs).shape
+    compiling = torch.compiler.is_compiling()
     if (why := why_definition(inputs, of_scores)) is not None:
         if of_scores:
             refuse(why)
+        validate(inputs)
         definition: Any = attention_reference
         return definition(*inputs, several_readers(each))
     if is_plain(inputs):
         o = sdpa(inputs)
+    elif compiling:
+        o = _attention_compiled.tiled(call, tensors, product_dtype(tensors[0]))
     else:
-        o = _attention_compiled.tiled(call, tensors, dtype) if compiling else tiled(ATTENTION, inputs, shape, dtype)
+        validate(inputs)
+        o = tiled(ATTENTION, inputs, product_dtype(tensors[0]))
     kernels = of_scores and not compiling and on_kernels(inputs)
     lse = lse_of(o) if kernels else None
     for slots in each:
@@ -135,7 +142,7 @@ def why_definition(inputs: tuple[Any, ...], of_scores: bool) -> str | None:
         return "the mask of several dims before the heads requires grad"
     if torch.compiler.is_compiling():  # what is left is nothing Dynamo can trace
         return None
-    if around := transformed():
+    if around := ambient() if is_tiled else transformed():
         return around
     if not all(dense(t) for t in tensors if t is not None):
         return "an input is not dense memory"
@@ -148,10 +155,11 @@ def is_plain(inputs: tuple[Any, ...]) -> bool:
     return softcap is None and window == (None, None)
 
 
-def validated(inputs: tuple[Any, ...]) -> Tensor:
-    """An output without memory, of inputs that PyTorch takes: else its own error is raised."""
-    q, k, v, mask = (None if t is None else _on_meta(t) for t in inputs[:4])
-    return sdpa((q, k, v, mask, inputs[4], False, *inputs[6:8]))
+def validate(inputs: tuple[Any, ...]) -> None:
+    """Raise what PyTorch raises of these inputs, by its function of their shapes."""
+    if not torch.compiler.is_compiling():
+        q, k, v, mask = (None if t is None else _on_meta(t) for t in inputs[:4])
+        sdpa((q, k, v, mask, inputs[4], False, *inputs[6:8]))
 
 
 def _on_meta(t: Tensor) -> Tensor:
@@ -284,10 +292,18 @@ def check(
             raise ValueError(f"{op}: point 'o' was asked for {want}; it has no keys: ask for heads or queries of it")
 
 
-def _refuses(q: Any, k: Any, v: Any, attn_mask: Any = None, dropout_p: Any = 0.0, *_: Any) -> str | None:
+def _refuses(q: Any, k: Any, v: Any, attn_mask: Any = None, dropout_p: Any = 0.0, *rest: Any) -> str | None:
+    """Of the kernels that make the scores again."""
     if dropout_p:
         return "dropout_p is not 0"
-    return refuses_dtypes(q, k, v, attn_mask if attn_mask is not None and attn_mask.dtype != torch.bool else None)
+    tensors = (q, k, v, attn_mask)
+    if why := refuses_dtypes(*(t for t in tensors if t is not None and t.dtype != torch.bool)):
+        return why
+    is_causal, scale, enable_gqa, softcap = (*rest, *(False, None, False, None)[len(rest) :])[:4]
+    call = Call(is_causal, scale, enable_gqa, softcap, (None, None))
+    o = q.new_empty(()).to(product_dtype(q)).expand(output_shape(q, k, v, call.enable_gqa))
+    scores = scores_of(call, cast(tensors, o.dtype, torch.is_autocast_enabled(q.device.type)), o, None, None)
+    return _scores_kernels.refuses(scores, None, None) if scores.shape.numel() else None
 
 
 def _launch(inputs: tuple[Any, ...], slots: Mapping[str, Slot]) -> Tensor:
