@@ -35,8 +35,8 @@ Tensor = torch.Tensor
 EAGER, FULL = "eager, p.retain_grad()", "the gradient of p"
 NOTHING, CHEFER, LEGRAD = "nothing asked", 'Relevance("chefer")', 'Relevance("legrad")'
 COLOURS = {EAGER: "#9aa5b1", FULL: "#e0952f", CHEFER: "#1b6ca8", LEGRAD: "#4f9d69", NOTHING: "#222222"}
-MATRICES = {EAGER: 4, FULL: 1}
-"""How many matrices of (heads, tokens, tokens) each holds."""
+MATRICES = {EAGER: 6, FULL: 1}
+"""How many matrices of (heads, tokens, tokens) each holds at its peak."""
 
 
 def eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -135,7 +135,7 @@ def main() -> None:
     parser.add_argument(
         "--dtype", default="bfloat16" if on_gpu else "float32", help="default: bfloat16, on a CPU float32"
     )
-    parser.add_argument("--most", type=float, default=64 if on_gpu else 9, help="GiB; default: 64, on a CPU 9")
+    parser.add_argument("--most", type=float, default=64 if on_gpu else 13, help="GiB; default: 64, on a CPU 13")
     sizes = {**vars(parser.parse_args()), "device": "cuda" if on_gpu else "cpu"}
     context, found = multiprocessing.get_context("spawn"), {way: {} for way in WAYS}
     cases = [(way, tokens) for way in WAYS for tokens in sizes["tokens"] if fits(way, tokens, sizes)]
