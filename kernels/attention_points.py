@@ -171,7 +171,7 @@ def add(sums, S, g, value, X, at):
     if S.nonfinite is not None:
         nonfinite += tl.sum((magnitude_bits(g) >= 0x7F800000).to(tl.int32), axis=1, keep_dims=True)
     if S.positive is not None:
-        positive += tl.sum(tl.where(g < 0.0, 0.0, g), axis=1, keep_dims=True)
+        positive += tl.sum(tl.maximum(g, 0.0, propagate_nan=tl.PropagateNan.ALL), axis=1, keep_dims=True)
     if S.hist is not None:
         bins = tl.reshape(magnitude_bits(g) >> 23, (g.numel,))
         hist += tl.histogram(bins, 256, mask=tl.reshape(tl.broadcast_to(there, g.shape), (g.numel,)))

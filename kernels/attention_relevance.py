@@ -46,7 +46,7 @@ def relevance_kernel(
         if step % EACH == EACH - 1:
             each = probabilities(s, X, at) * product
             if RELU:
-                each = tl.where(each < 0.0, 0.0, each)  # nan stays nan
+                each = tl.maximum(each, 0.0, propagate_nan=tl.PropagateNan.ALL)
             total += each
             product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     batches = tl.num_programs(0) // blocks_n // blocks_m // PARTS
