@@ -45,7 +45,7 @@ CASES = {
     "added mask, padding": Case({"batch_first": True}, same="all", mask="float", padding="float"),
     "a mask for each head, padding": Case(mask="heads", padding="bool"),
     "causal": Case({"batch_first": True}, same="all", mask="causal"),
-    "causal, padding": Case(same="all", mask="causal", padding="bool"),
+    "causal, padding, one key more": Case({"add_bias_kv": True}, same="all", mask="causal", padding="bool"),
     "unbatched": Case({"batch_first": True}, mask="heads", padding="bool", batched=False),
 }
 over_cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
