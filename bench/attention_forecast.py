@@ -19,6 +19,7 @@ import torch
 
 from retainops.ops import _scores_kernels as kernels
 from retainops.ops._scores import Scores, Wanted
+from retainops.ops._scores_launch import Tiles
 from retainops.testing import sass
 from retainops.testing.driver import driver
 from retainops.testing.flow import Step
@@ -78,7 +79,7 @@ def forecast(asked: str, tokens: int, heads: int, width: int, gpu: str) -> float
     return max(computed, written / (GPUS[gpu].bandwidth * BANDWIDTH_EFFICIENCY))
 
 
-def _tile(launch: Any, cut: kernels.Tiles, width: int, products: int, gpu: str) -> Tile:
+def _tile(launch: Any, cut: Tiles, width: int, products: int, gpu: str) -> Tile:
     of, metadata = GPUS[gpu], launch.kernel.metadata
     found = report(launch, of.target)
     chunk, rest = _split(sass.parse(found.sass))
