@@ -241,11 +241,12 @@ def from_timm(name: str) -> Subject:
     import timm
 
     model = timm.create_model(name, pretrained=True).eval()
-    for block in getattr(model, "blocks", ()):
+    if not all(hasattr(block, "attn") and hasattr(block.attn, "qkv") for block in getattr(model, "blocks", [None])):
+        raise ValueError(f"{type(model).__name__} is no plain ViT; use one, such as vit_base_patch16_224")
+    for block in model.blocks:
         block.attn = OfTimm(block.attn)
-    config = timm.data.resolve_model_data_config(model)
-    side = config["input_size"][-1]
-    return Subject(model, side, model.patch_embed.grid_size[0], standardised(config["mean"], config["std"]))
+    config, patches = timm.data.resolve_model_data_config(model), model.patch_embed
+    return Subject(model, patches.img_size[0], patches.grid_size[0], standardised(config["mean"], config["std"]))
 
 
 def pretrained(name: str) -> Subject:
