@@ -230,6 +230,14 @@ def _of(part: ro.Part, x: Tensor) -> Tensor:
     return x
 
 
+def test_heads_picked_out_of_groups(path: Any) -> None:
+    case = CASES["grouped"]
+    true = truth(case, torch.float64, path.device)
+    kept = Ran(case, torch.float64, path.device, s=ro.Part(heads=[5, 1, 2]), p=ro.Part(heads=[5, 1, 2], keys=[4])).kept
+    torch.testing.assert_close(kept.s.grad, true["s"]["grad"][:, [5, 1, 2]])
+    torch.testing.assert_close(kept.p.grad, true["p"]["grad"][:, [5, 1, 2]][..., 4:5])
+
+
 def test_other_parts_of_the_two_points(path: Any) -> None:
     case = CASES["causal"]
     true = truth(case, torch.float64, path.device)

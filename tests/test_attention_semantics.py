@@ -57,12 +57,14 @@ def test_second_derivatives(keywords: dict[str, Any], masked: bool) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Using backward:UserWarning")
-def test_under_create_graph_the_gradients_are_the_same_and_differentiable(path: Any) -> None:
-    q, k, v, _ = CAUSAL.tensors(torch.float64, path.device)
+@pytest.mark.parametrize("name", ["causal", "dead rows"])
+def test_under_create_graph_the_gradients_are_the_same_and_differentiable(name: str, path: Any) -> None:
+    case = CASES[name]
+    q, k, v, mask = case.tensors(torch.float64, path.device)
     kept = ro.Retained("s", p=ro.Relevance("chefer"))
-    o = ro.attention(q, k, v, is_causal=True, retain=kept)
+    o = ro.attention(q, k, v, mask, is_causal=case.causal, retain=kept)
     loss_of(o).backward(create_graph=True)
-    true = truth(CAUSAL, torch.float64, path.device)
+    true = truth(case, torch.float64, path.device)
     for x, name in ((q, "q"), (k, "k"), (v, "v")):
         torch.testing.assert_close(x.grad.detach(), true[name]["grad"])
     torch.testing.assert_close(kept.s.grad.detach(), true["s"]["grad"])
