@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import retainops as ro
+from tests.conftest import Path
 
 Tensor = torch.Tensor
 N, L, S, E, H = 2, 5, 7, 12, 3
@@ -213,6 +214,23 @@ def test_relevance_and_parts_of_a_transformer() -> None:
         torch.testing.assert_close(slot.legrad, dp.relu().mean((1, 2)))
         assert slot.chefer.shape == (N, L, L)
         assert part[name.removesuffix("p") + "o"].grad.shape == (N, 1, L, E // H)
+
+
+def test_on_each_path(path: Path) -> None:
+    case = CASES["boolean mask"]
+    ours, theirs = modules(case)
+    given = inputs(case, theirs)
+    y, points = eager(theirs, given)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(5))
+    y.backward(dy)
+    ours, on_device = ours.to(path.device), {}
+    for name, t in given.items():
+        on_device[name] = t.detach().to(path.device).requires_grad_(t.requires_grad)
+    with ro.retain(ours, "p", ro.Relevance("legrad")) as relevance, ro.retain(ours, "[sp]") as kept:
+        ours(**on_device, need_weights=False)[0].backward(dy.to(path.device))
+    for name, slot in kept.items():
+        torch.testing.assert_close(slot.grad.cpu(), points[name].grad)
+    torch.testing.assert_close(relevance["p"].legrad.cpu(), points["p"].grad.relu().mean((1, 2)))
 
 
 def test_dropout_in_training_and_not_in_evaluation() -> None:

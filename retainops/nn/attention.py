@@ -23,8 +23,7 @@ def attend(inputs: tuple[Any, ...], requests: tuple[Retained, ...]) -> Tensor:
     """
     if requests and gradients_reach(*inputs):
         return attention_of(inputs, requests)
-    named = dict(zip(("softcap", "window"), inputs[8:], strict=True))
-    return attention(*inputs[:8], **named)
+    return attention(*inputs)
 
 
 class MultiheadAttention(nn.MultiheadAttention, HoldsPoints):
