@@ -358,6 +358,11 @@ class TestDropout:
         loss_of(F.dropout(points["p"], 0.4) @ v.detach()).backward()
         torch.testing.assert_close(kept.p.grad, points["p"].grad)
         torch.testing.assert_close(kept.s.grad, points["s"].grad)
+        if path.device == "cpu":  # where PyTorch's function draws the same numbers
+            torch.manual_seed(7)
+            theirs = F.scaled_dot_product_attention(q, k, v, dropout_p=0.4, is_causal=True)
+            torch.manual_seed(7)
+            torch.testing.assert_close(ro.attention(q, k, v, None, 0.4, True, retain=ro.Retained("p")), theirs)
         assert (kept.p.grad == 0).double().mean() > 0.2
 
     def test_other_forms(self) -> None:
@@ -467,6 +472,7 @@ def test_without_grad_there_is_nothing_to_retain(path: Any) -> None:
 @pytest.mark.parametrize(
     ("keywords", "kind", "said"),
     [
+        ({"retain": ro.Retained("p"), "nested": True}, RuntimeError, "attention: a nested tensor with retain"),
         ({"softcap": 0.0}, ValueError, "attention: softcap is 0.0; expected a number above 0"),
         ({"softcap": "x"}, TypeError, "attention: softcap is str; expected a number above 0"),
         ({"window": -1}, ValueError, "attention: window is -1; expected numbers of keys to each side, 0 or above"),
@@ -478,6 +484,8 @@ def test_without_grad_there_is_nothing_to_retain(path: Any) -> None:
 )
 def test_arguments_that_are_wrong(keywords: dict[str, Any], kind: type[Exception], said: str) -> None:
     q, k, v, _ = CAUSAL.tensors(torch.float32)
+    if keywords.pop("nested", False):
+        q = torch.nested.nested_tensor(list(q.detach()), layout=torch.jagged)
     with pytest.raises(kind, match=re.escape(said)):
         ro.attention(q, k, v, **keywords)
 

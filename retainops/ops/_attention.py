@@ -137,14 +137,10 @@ def lse_of(o: Tensor) -> Tensor | None:
     if _hooked():
         return None  # to look at it would undo what the hooks are there for
     node = o.grad_fn
-    for _ in range(2):  # what pads heads slices the output
-        if node is None:
-            return None
-        name = LSE.get(type(node).__name__)
-        if name is not None:
-            return _normal(getattr(node, name), o)
-        node = node.next_functions[0][0] if node.next_functions else None
-    return None
+    if node is not None and type(node).__name__ == "SliceBackward0":  # of heads that were padded
+        node = node.next_functions[0][0]
+    name = LSE.get(type(node).__name__)
+    return None if name is None else _normal(getattr(node, name), o)
 
 
 def _normal(lse: Tensor, o: Tensor) -> Tensor | None:

@@ -66,7 +66,8 @@ def attention(
             `Relevance`.
 
     Returns:
-        (..., H, Nq, Dv), of q's dtype (autocast: of that which q is cast to). A query that sees no key is 0.
+        (..., H, Nq, Dv), of q's dtype (autocast: of that which q is cast to). A query that sees no key is 0. With
+        retain it is a view, on which PyTorch refuses in-place operations; use out-of-place ones.
 
     Raises:
         RuntimeError, TypeError, ValueError: as of `scaled_dot_product_attention`; a softcap not above 0, a window that
@@ -99,9 +100,13 @@ def attention_of(inputs: tuple[Any, ...], requests: Sequence[Any]) -> Tensor:
     """`attention` of these inputs, for several requests at once."""
     *tensors, dropout_p, is_causal, scale, enable_gqa, softcap, window = inputs + (None,) * (10 - len(inputs))
     check(softcap, window, requests)
+    if isinstance(scale, Tensor) and not torch.compiler.is_compiling():
+        scale = float(scale)  # as PyTorch's function does
     call = Call(is_causal, scale, enable_gqa, softcap, bounds(window))
     inputs = (*tensors, dropout_p, *call)
     check_tensor("attention", **dict(zip(("q", "k", "v"), tensors, strict=False)))
+    if any(t is not None and t.is_nested for t in tensors):
+        raise RuntimeError("attention: a nested tensor with retain, softcap or window; pad it, and mask the padding")
     each = [requested(ATTENTION, inputs, retain) for retain in requests]
     of_scores = any(name in slots for slots in each for name in POINTS)
     compiling = torch.compiler.is_compiling()
