@@ -106,13 +106,17 @@ def draw(found: dict[str, dict[int, dict[str, float]]], sizes: dict[str, Any], p
     """A line for each way, both axes logarithmic: the slope is the power of the tokens."""
     figure = Figure(figsize=(7.5, 4.6), layout="constrained")
     axes = figure.subplots()
-    for way, rows in found.items():
-        tokens, mib = list(rows), [max(row["bytes"] / 2**20, 1.0) for row in rows.values()]
+    lines = {way: ([*rows], [max(row["bytes"] / 2**20, 1.0) for row in rows.values()]) for way, rows in found.items()}
+    taken = 0.0
+    for way, (tokens, mib) in sorted(lines.items(), key=lambda line: line[1][1][-1]):
         axes.loglog(tokens, mib, marker="o", markersize=4, color=COLOURS[way], base=2)
-        axes.annotate(way, (tokens[-1], mib[-1]), (8, -3), textcoords="offset points", color=COLOURS[way], fontsize=9)
+        taken = max(mib[-1], 1.45 * taken)  # a label stands above the one before
+        axes.annotate(f"  {way}", (tokens[-1], taken), va="center", color=COLOURS[way], fontsize=9)
     axes.set_xticks(sizes["tokens"], [str(n) for n in sizes["tokens"]])
-    ticks = [2**i for i in range(0, 16, 2)]
+    ticks = [2**i for i in range(0, 18, 2)]
     axes.set_yticks(ticks, [f"{t} MiB" if t < 1024 else f"{t // 1024} GiB" for t in ticks])
+    every = [mib for _, line in lines.values() for mib in line]
+    axes.set_ylim(min(every) / 2, max(every) * 2)
     axes.set_xlim(right=max(sizes["tokens"]) * 2.6)
     axes.set_xlabel("tokens")
     axes.set_title(
