@@ -70,6 +70,20 @@ def test_gradients(name: str, dtype: torch.dtype) -> None:
     check("s", s, run.truth["s"], run.eager["s"], size=largest(run.truth["p"] * run.truth["value of p"]))
 
 
+@pytest.mark.parametrize("name", [name for name, case in ALL.items() if case.causal or case.window is not None])
+def test_tiles_without_a_probability_are_left_out(name: str) -> None:
+    """Where only s is asked for: to the same bits."""
+    run = Run(ALL[name], torch.float32)
+    s, alone, parts = run.empty(), run.empty(), ("sumsq", "abs_sum")
+    for over in ("keys", "queries") if name in LARGER else ():
+        whole, _ = kernels.answer(run.scores, Wanted(parts=(*parts, "act_grad"), over=over), None)
+        some, _ = kernels.answer(run.scores, Wanted(parts=parts, over=over), None)
+        assert all(torch.equal(some[part], whole[part]) for part in parts)
+    kernels.answer(run.scores, Wanted(s), Wanted(run.empty()))
+    kernels.answer(run.scores, Wanted(alone), None)
+    assert torch.equal(s, alone)
+
+
 @pytest.mark.parametrize("programs", [1, 264])
 @pytest.mark.parametrize("name", FEW)
 def test_relevance(name: str, programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,7 +181,8 @@ def test_picked_queries_and_keys(name: str) -> None:
         k_at = None if at is not keys else keys
         part = scores._replace(**of_queries, **of_keys, mask=of_mask, q_at=queries, k_at=k_at)
         s, p = (torch.full(part.shape, torch.nan) for _ in range(2))
-        kernels.answer(part, Wanted(s), Wanted(p))
+        kernels.answer(part, Wanted(s), None)  # alone: nothing is wanted of keys that a query does not see
+        kernels.answer(part, None, Wanted(p))
         for x, point in ((s, "s"), (p, "p")):
             truth, eager = (g[point][:, :, queries][..., at] for g in (run.truth, run.eager))
             check(point, x, truth, eager)
@@ -235,6 +250,19 @@ def test_what_is_refused() -> None:
     assert "the mask is float64" in why(mask=torch.zeros(37, 37, dtype=torch.float64))
     assert "heads of 1 to 256" in why(q=scores.q.repeat(1, 1, 1, 32), k=scores.k.repeat(1, 1, 1, 32))
     assert "needed" in why(q=scores.q[:, :, :0])
+
+
+def test_infinite_values_stay_with_their_key() -> None:
+    """Beyond the last query the gradient of the output is read as 0, and 0 * inf is nan."""
+    run = Run(ALL["plain"], torch.float32)
+    run.scores.v[0, 1, 3, 2] = torch.inf
+    _, found = kernels.answer(run.scores, None, Wanted(parts=("amax", "nonfinite", "abs_sum"), over="keys"))
+    nonfinite = torch.zeros(found["nonfinite"].shape, dtype=torch.int64)
+    nonfinite[0, 1, 3] = run.scores.shape[-2]
+    assert torch.equal(found["nonfinite"], nonfinite)
+    for part in ("amax", "abs_sum"):
+        assert found[part][0, 1, 3] == torch.inf
+        assert torch.equal(~found[part].isfinite(), nonfinite > 0)
 
 
 def test_not_a_number_stays_one() -> None:
