@@ -538,3 +538,53 @@ def test_eager_itself_is_what_the_tests_say() -> None:
         q, k, v, mask = case.tensors(torch.float64)
         theirs = F.scaled_dot_product_attention(q, k, v, mask, is_causal=case.causal, enable_gqa=case.gqa)
         torch.testing.assert_close(run_eager(case, torch.float64, torch.float64)["o"]["value"], theirs.detach())
+
+
+@pytest.mark.parametrize(
+    ("made", "kind", "said"),
+    [
+        (lambda: ro.Part(), ValueError, "Part: nothing chosen"),
+        (lambda: ro.Part(heads=1.5), TypeError, "Part: heads is 1.5; expected an int, a slice, or a sequence of ints"),
+        (lambda: ro.Part(keys="01"), TypeError, "Part: keys is '01'; expected an int"),
+        (lambda: ro.Part(queries=[True]), TypeError, "Part: queries is [True]; expected an int"),
+        (lambda: ro.Relevance(), ValueError, "Relevance: nothing asked for; name some of chefer, legrad, attn_grad"),
+        (lambda: ro.Relevance("rollout"), ValueError, "Relevance: unknown relevance 'rollout'"),
+        (lambda: ro.Stats("hist", over="heads"), ValueError, 'Stats: "hist" over heads'),
+        (
+            lambda: ro.Stats("l2", over="head"),
+            ValueError,
+            "Stats: over is 'head'; expected one of tensor, rows, ",
+        ),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_wants_that_are_none(made: Any, kind: type[Exception], said: str) -> None:
+    with pytest.raises(kind, match=re.escape(said)):
+        made()
+
+
+def test_what_was_not_asked_says_how_to_ask() -> None:
+    slot = ro.Retained(p=ro.Relevance("chefer")).p
+    assert slot.chefer is None
+    with pytest.raises(AttributeError, match=re.escape('its relevances are chefer; ask with Relevance("legrad")')):
+        _ = slot.legrad
+    with pytest.raises(AttributeError, match=re.escape('it has no statistics; ask with Relevance("chefer")')):
+        _ = ro.Retained("p").p.chefer
+    assert (
+        repr(ro.Part(heads=[0, 3], queries=-1, keys=slice(2, None, 2))) == "Part(heads=[0, 3], queries=-1, keys=2::2)"
+    )
+    with pytest.raises(ValueError, match="first_nonfinite: nothing tells of p"):
+        ro.Retained(p=ro.Relevance("chefer")).first_nonfinite()
+
+
+def test_tracing_and_fake_tensors_see_pytorchs_own_operations() -> None:
+    q, k, v, _ = CAUSAL.tensors(torch.float32)
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fakes = [mode.from_tensor(t.detach()).requires_grad_() for t in (q, k, v)]
+        for keywords in ({"is_causal": True}, {"softcap": 2.0, "window": 3}):
+            kept = ro.Retained("s", p=ro.Part(heads=0))
+            ro.attention(*fakes, **keywords, retain=kept).sum().backward()
+            assert kept.s.grad.shape == (2, 2, 33, 33)
+            assert kept.p.grad.shape == (2, 1, 33, 33)
+    traced = torch.fx.experimental.proxy_tensor.make_fx(lambda q: ro.attention(q, k, v, softcap=2.0, window=3))(q)
+    torch.testing.assert_close(traced(q), ro.attention(q, k, v, softcap=2.0, window=3))

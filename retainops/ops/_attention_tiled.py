@@ -72,8 +72,9 @@ def forward_in_tiles(call: Call, tensors: Sequence[Tensor | None], y: Tensor) ->
     o = in_4_dims(y)
     with torch.autocast(y.device.type, enabled=False):
         for at in cut(scores):
-            s, _ = score_tile(scores, at)
-            at.of(o).copy_(product(probability_tile(scores, at, s), scores.v[at.batch].to(scores.held)))
+            seen, _ = seen_by(scores, at)
+            s, _ = score_tile(seen, at)
+            at.of(o).copy_(product(probability_tile(seen, at, s), seen.v[at.batch].to(seen.held)))
 
 
 def backward_in_tiles(
@@ -100,6 +101,23 @@ def _scores(call: Call, tensors: Sequence[Tensor | None], do: Tensor) -> Scores:
     return scores_of(call, cast(tensors, do.dtype, casts), do, None, None)
 
 
+def seen_by(scores: Scores, at: Tile) -> tuple[Scores, slice]:
+    """Scores of the keys alone that some query of a tile may see by causality and window, and which these are."""
+    m, (left, right) = scores.shape[-1], scores.window
+    if scores.causal:
+        right = 0 if right is None else min(right, 0)
+    first = 0 if left is None else min(max(at.rows.start - left, 0), m)
+    last = m if right is None else min(max(at.rows.stop + right, first), m)
+    keys = slice(first, last)
+    seen = scores._replace(
+        k=scores.k[:, :, keys],
+        v=scores.v[:, :, keys],
+        mask=None if scores.mask is None else scores.mask[..., keys],
+        k_at=torch.arange(first, last, device=scores.q.device),
+    )
+    return seen, keys
+
+
 class Gradients:
     """The gradients of q, k, v and a mask, a tile at a time.
 
@@ -119,17 +137,18 @@ class Gradients:
 
     def add(self, at: Tile) -> None:
         """Those of a tile."""
-        scores, (dq, dk, dv) = self.scores, self.of
+        (scores, keys), (dq, dk, dv) = seen_by(self.scores, at), self.of
         s, capped = score_tile(scores, at)
         p = probability_tile(scores, at, s)
         do, groups = at.of(scores.do).to(scores.held), scores.k.shape[1]
         if dv is not None:
-            dv[at.batch] += in_groups(p, groups).mT @ in_groups(do, groups)
+            dv[at.batch, :, keys] += in_groups(p, groups).mT @ in_groups(do, groups)
         dp = product(do, scores.v[at.batch].to(scores.held).mT)
         ds = score_gradient(scores, at, p, dp)
         if self.in_4_dims is not None:
             to = self.in_4_dims
-            to = to[at.batch if to.shape[0] > 1 else slice(None), :, at.rows if to.shape[2] > 1 else slice(None)]
+            places = (at.batch, slice(None), at.rows, keys)
+            to = to[tuple(place if size > 1 else slice(None) for place, size in zip(places, to.shape, strict=True))]
             to += ds.sum_to_size(to.shape)
         if capped is not None:
             ds = ds * (1 - capped * capped)
@@ -137,4 +156,4 @@ class Gradients:
         if dq is not None:
             at.of(dq).copy_(product(ds, scores.k[at.batch].to(scores.held)))
         if dk is not None:
-            dk[at.batch] += in_groups(ds, groups).mT @ in_groups(at.of(scores.q).to(scores.held), groups)
+            dk[at.batch, :, keys] += in_groups(ds, groups).mT @ in_groups(at.of(scores.q).to(scores.held), groups)
