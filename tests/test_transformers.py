@@ -228,24 +228,36 @@ def test_keys_and_values_go_unrepeated(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen == [(HEADS, 2, 2)] * 2
 
 
-def test_attention_sinks_are_refused_in_words() -> None:
-    config = hf.GptOssConfig(
-        **{
-            **GROUPED,
-            "head_dim": 8,
-            "num_local_experts": 2,
-            "num_experts_per_tok": 1,
-            "layer_types": ["full_attention"] * 2,
-        }
-    )
-    model = build(hf.GptOssForCausalLM, config, NAME)
-    with pytest.raises(
-        NotImplementedError, match="GptOssAttention: s_aux= is given, and .* has no attention sinks; use"
-    ):
-        model(torch.arange(4)[None])
+@pytest.mark.parametrize("weights", [False, True])
+def test_attention_sinks(weights: bool) -> None:
+    layers = ["full_attention", "sliding_attention"]
+    sizes = {"head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 3}
+    model = build(hf.GptOssForCausalLM, hf.GptOssConfig(**GROUPED, **sizes, layer_types=layers), NAME)
+    for name, w in model.named_parameters():
+        if name.endswith("sinks"):
+            torch.nn.init.normal_(w)
+    given = inputs(FAMILIES["llama"])
+    want = eager(model, given)
+    assert want.weights[0].sum(-1).min() < 0.5  # the sink has the rest
+    with ro.retain(model, "*.p") as kept:
+        out = model(**given, output_attentions=weights)
+        out.logits.backward(projection(out.logits, given))
+    for name, grad in grads_of(model).items():
+        assert_close(grad, want.grads[name], name)
+    for slot, w in zip(kept.values(), want.weights, strict=True):
+        assert_close(slot.grad, w.grad, slot.name)
+    if weights:
+        assert_close(out.attentions[1], want.weights[1], "weights")
+    else:
+        assert not out.attentions
+
+
+def test_what_cannot_be_done_is_refused_in_words() -> None:
     q = torch.randn(1, 2, 3, 4)
-    for name in REFUSED:
-        with pytest.raises(NotImplementedError, match=f"Module: {name}="):
+    for name, what in REFUSED.items():
+        with pytest.raises(
+            NotImplementedError, match=f"Module: {name}= is given, and .*'retainops' has no {what}; use"
+        ):
             attention_forward(torch.nn.Module(), q, q, q, None, **{name: torch.ones(1)})
 
 

@@ -33,8 +33,7 @@ DISPATCH = "ALL_ATTENTION_FUNCTIONS"
 """What the forward of a module calls its attention by, in all of transformers."""
 
 REFUSED = {
-    "s_aux": "attention sinks",
-    "sinks": "attention sinks",
+    "sinks": "attention sinks of several keys",
     "indices": "keys chosen by an index",
     "block_indices": "blocks of keys chosen by an index",
 }
@@ -78,26 +77,29 @@ def attention_forward(
     is_causal: bool | None = None,
     softcap: float | None = None,
     position_bias: Tensor | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """What transformers calls: attention of (B, H, Nq, D) queries to (B, Hk, Nk, D) keys, for a module of its.
 
     Without softcap it is PyTorch's `scaled_dot_product_attention`, to which keys and values go unrepeated. Where the
-    weights are to be returned (output_attentions=True) they are made in memory, as by "eager", and are in the graph:
-    `outputs.attentions[i].retain_grad()` gives their gradient.
+    weights are to be returned (output_attentions=True), and with attention sinks, they are made in memory, as by
+    "eager", and are in the graph: `outputs.attentions[i].retain_grad()` gives their gradient.
 
     Args:
         module: whose `ro.retain` requests are answered.
         attention_mask: boolean, True where a key takes part, or added; (B, 1 or H, Nq, Nk).
         is_causal: None: what the module says. It counts where there is no mask and more than one query.
         position_bias: (1 or B, H, Nq, Nk), added.
+        s_aux: (H,), attention sinks, as gpt-oss has them: the score of one key more, of value 0. The points are of the
+            keys alone, so that p adds up to less than 1.
         kwargs: the rest of what models hand over. A sliding window is in the mask already.
 
     Returns:
         The output, (B, Nq, H, D), and the weights, (B, H, Nq, Nk), after dropout, or None.
 
     Raises:
-        NotImplementedError: attention sinks (gpt-oss), or keys chosen by an index.
+        NotImplementedError: keys chosen by an index, or sinks of several keys.
     """
     for given, what in REFUSED.items():
         if kwargs.get(given) is not None:
@@ -120,11 +122,11 @@ def attention_forward(
         key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], 1) for t in (key, value))
         grouped = False
     inputs = (query, key, value, attention_mask, dropout, causal, scaling, grouped, softcap, None)
-    if _weights_are_wanted(kwargs):
-        out, weights = _with_weights(module, inputs)
-    else:
-        out, weights = attend(inputs, requests_of(module)), None
-    return out.transpose(1, 2).contiguous(), weights
+    wanted = _weights_are_wanted(kwargs)
+    if not wanted and s_aux is None:
+        return attend(inputs, requests_of(module)).transpose(1, 2).contiguous(), None
+    out, weights = _with_weights(module, inputs, s_aux)
+    return out.transpose(1, 2).contiguous(), weights if wanted else None
 
 
 def _with_bias(mask: Tensor | None, bias: Tensor, causal: bool) -> Tensor:
@@ -143,19 +145,27 @@ def _weights_are_wanted(kwargs: dict[str, Any]) -> bool:
     return collected is not None and any("attentions" in key for key in collected)
 
 
-def _with_weights(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+def _with_weights(module: nn.Module, inputs: tuple[Any, ...], sinks: Tensor | None) -> tuple[Tensor, Tensor]:
     """The output and the weights, by the definition, with what is asked of its points."""
-    requests, dropout, found = requests_of(module), inputs[4], []
+    requests, dropout = requests_of(module), inputs[4]
+    seen: dict[str, Tensor] = {}
 
     def point(name: str, value: Tensor) -> Tensor:
+        if name == "p" and sinks is not None:
+            value = _softmax_with(sinks, seen["s"])
         value = tapped(ATTENTION.name, name, value, requests)
-        if name == "p":
-            value = F.dropout(value, dropout) if dropout else value
-            found.append(value)
+        if name == "p" and dropout:
+            value = F.dropout(value, dropout)
+        seen[name] = value
         return value
 
-    out = ATTENTION.reference(*inputs[:4], 0.0, *inputs[5:], point)
-    return out, found[0]
+    return ATTENTION.reference(*inputs[:4], 0.0, *inputs[5:], point), seen["p"]
+
+
+def _softmax_with(sinks: Tensor, s: Tensor) -> Tensor:
+    """Softmax of s (B, H, Nq, Nk) and of one score more for each head, without that one's share."""
+    joined = torch.cat([s, sinks.view(-1, 1, 1).expand(*s.shape[:-1], 1)], -1)
+    return torch.softmax(joined, -1)[..., :-1].to(s.dtype)
 
 
 def _op_of(module: nn.Module) -> Op | None:
