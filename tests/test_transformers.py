@@ -341,6 +341,28 @@ def test_under_gradient_checkpointing() -> None:
         assert_close(slot.grad, w.grad, slot.name)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "bert"])
+def test_in_bfloat16_dp_is_as_near_to_float32s_as_eagers(name: str, autocast: bool) -> None:
+    """Within twice its error: both are that of a whole model. Under autocast q and k may be wider than v."""
+    family = FAMILIES[name]
+    model, given = build(family.model, family.config, NAME), inputs(family, padded=False)
+    for w in model.parameters():
+        w.data = w.data.bfloat16().float()
+    exact = eager(model, given)
+    dy = projection(exact.y, given)
+    narrow = copy.deepcopy(model).bfloat16()
+    theirs = eager(narrow, given, dy.bfloat16())
+    model = model if autocast else narrow
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast), ro.retain(model, "*.p") as kept:
+        y = model(**given)[0]
+    y.backward(dy.to(y.dtype))
+    for slot, other, w in zip(kept.values(), theirs.weights, exact.weights, strict=True):
+        assert slot.grad.dtype == torch.bfloat16
+        ours, bar = ((grad - w.grad).abs().max() for grad in (slot.grad, other.grad))
+        assert ours <= 2 * bar, f"{slot.name}: {ours:.2e}, eager {bar:.2e}"
+
+
 # torch.compile's own doing.
 @pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")

@@ -163,12 +163,15 @@ def is_plain(inputs: tuple[Any, ...]) -> bool:
 def validate(inputs: tuple[Any, ...]) -> None:
     """Raise what PyTorch raises of these inputs, by its function of their shapes."""
     if not torch.compiler.is_compiling():
-        q, k, v, mask = (None if t is None else _on_meta(t) for t in inputs[:4])
+        casts = torch.is_autocast_enabled(inputs[0].device.type)  # it would not on meta
+        dtype = product_dtype(inputs[0]) if casts else None
+        q, k, v, mask = (None if t is None else _on_meta(t, dtype) for t in inputs[:4])
         sdpa((q, k, v, mask, inputs[4], False, *inputs[6:8]))
 
 
-def _on_meta(t: Tensor) -> Tensor:
-    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
+def _on_meta(t: Tensor, dtype: torch.dtype | None) -> Tensor:
+    dtype = t.dtype if dtype is None or t.dtype in (torch.bool, torch.float64) else dtype
+    return torch.empty_strided(t.shape, t.stride(), dtype=dtype, device="meta")
 
 
 def sdpa(inputs: Sequence[Any]) -> Tensor:
