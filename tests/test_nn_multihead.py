@@ -287,3 +287,40 @@ def test_bad_calls_raise_as_pytorchs(change: dict[str, Any], message: str) -> No
         theirs(**given, need_weights=False)
     with ro.retain(ours), pytest.raises(type(wanted.value), match=message):
         ours(**given, need_weights=False)
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("name", ["self, batch first", "added mask, padding", "boolean mask"])
+def test_under_autocast(name: str, need_weights: bool) -> None:
+    ours, theirs = modules(CASES[name])
+    given = inputs(CASES[name], theirs)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, weights, grads = run(theirs, given, need_weights=need_weights)
+        with ro.retain(ours, "p"):
+            found = run(ours, given, need_weights=need_weights)
+    assert torch.equal(found[0], y)
+    assert weights is None or torch.equal(found[1], weights)
+    for mine, wanted in zip(found[2], grads, strict=True):
+        assert torch.equal(mine, wanted)
+    with torch.autocast("cpu", torch.bfloat16), ro.retain(ours, "p") as kept:
+        out = ours(**given, need_weights=need_weights)[0]
+    out.float().sum().backward()
+    assert kept["p"].grad.abs().max() > 0
+
+
+# torch.compile's own doing.
+@pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_compiled_in_one_graph(need_weights: bool) -> None:
+    ours, theirs = modules(CASES["boolean mask"])
+    given = inputs(CASES["boolean mask"], theirs)
+    y, points = eager(theirs, given)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(5))
+    y.backward(dy)
+    torch._dynamo.reset()
+    compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
+    with ro.retain(compiled, "p") as kept:
+        compiled(**given, need_weights=need_weights)[0].backward(dy)
+    torch._dynamo.reset()
+    torch.testing.assert_close(kept["p"].grad, points["p"].grad)
