@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from tests.attention_cases import eager, loss_of, CASES
 
 import retainops as ro
 from retainops.ops import _scores
+from tests.attention_cases import CASES, eager, loss_of
 
 HEADS, WIDTH, KIB = 8, 16, 1024
 TILE = 1 << 13
@@ -65,7 +65,8 @@ def test_relevance_is_one_map_and_legrad_a_row(compiled: bool) -> None:
     n = 256
     one_map = 4 * n * n
     plain, chefer, legrad = (
-        of_backward(n, compiled, **wants) for wants in ({}, {"p": ro.Relevance("chefer")}, {"p": ro.Relevance("legrad")})
+        of_backward(n, compiled, **wants)
+        for wants in ({}, {"p": ro.Relevance("chefer")}, {"p": ro.Relevance("legrad")})
     )
     tiles = 8 * 4 * TILE  # of what is computed of one
     assert chefer - plain <= 1.1 * one_map + tiles
@@ -82,7 +83,9 @@ def test_it_grows_as_it_should() -> None:
     assert rows[1] < 2.2 * rows[0]
 
 
-@pytest.mark.parametrize("want", [ro.Stats("l2", over="keys"), ro.Stats("amax", "hist"), ro.Part(heads=0, queries=0)], ids=repr)
+@pytest.mark.parametrize(
+    "want", [ro.Stats("l2", over="keys"), ro.Stats("amax", "hist"), ro.Part(heads=0, queries=0)], ids=repr
+)
 def test_statistics_and_parts_take_no_more_than_they_are(want: Any) -> None:
     n = 256
     tiles = 10 * 4 * TILE
