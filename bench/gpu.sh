@@ -5,7 +5,7 @@
 #     bash bench/gpu.sh
 #
 # PYTHON names the interpreter (default python3); it needs torch, triton, pytest, pytest-xdist, hypothesis,
-# pytest-benchmark, matplotlib and rich. Seven files go to ${OUT:-out}/gpu-<name>-<date>/. A step that fails does not stop the next one.
+# pytest-benchmark, matplotlib and rich. Nine files go to ${OUT:-out}/gpu-<name>-<date>/. A step that fails does not stop the next one.
 # Status: 0, 1 where a step failed, 2 where there is no GPU.
 set -u
 here=$PWD
@@ -63,6 +63,7 @@ with kernels.entered():
 sys.exit(f"check: {bad} FAILED" if bad else 0)'
 export TORCHINDUCTOR_COMPILE_THREADS=1 # a compiler for each of the processes that warm up
 step bench 260 "$python" -m bench.run --results "$folder" --warm "$workers" --seconds 140 --note "by bench/gpu.sh"
+step attention 45 "$python" -m bench.attention_time --results "$folder"
 state >>"$folder/summary.txt"
 
 echo "== report"

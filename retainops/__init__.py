@@ -6,6 +6,7 @@ from retainops.buffers import Into
 from retainops.dispatch import backend, explain
 from retainops.fuse import fuse_pointwise
 from retainops.models import points, retain
+from retainops.ops.attention import attention
 from retainops.ops.chains import bias_dropout_add, mish, scale_shift, siren, softcap, squared_relu
 from retainops.ops.cross_entropy import cross_entropy
 from retainops.ops.gated import geglu, glu, reglu, swiglu
@@ -14,6 +15,7 @@ from retainops.ops.linear_cross_entropy import linear_cross_entropy
 from retainops.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from retainops.ops.rope import rope
 from retainops.ops.softmax import log_softmax, softmax
+from retainops.part import Part
 from retainops.points import point
 from retainops.pointwise import (
     add_gelu,
@@ -25,6 +27,7 @@ from retainops.pointwise import (
     mul_sin,
     mul_tanh,
 )
+from retainops.relevance import Relevance
 from retainops.retained import Retained
 from retainops.samples import per_sample_norms
 from retainops.slots import Slot
@@ -34,6 +37,8 @@ bias_gelu = add_gelu
 
 __all__ = [
     "Into",
+    "Part",
+    "Relevance",
     "Retained",
     "Slot",
     "Stats",
@@ -43,6 +48,7 @@ __all__ = [
     "add_relu",
     "add_rms_norm",
     "add_silu",
+    "attention",
     "backend",
     "bias_dropout_add",
     "bias_gelu",

@@ -19,10 +19,13 @@ import torch
 from torch.autograd import forward_ad
 
 from retainops.buffers import Into, share_memory
+from retainops.part import Part
 from retainops.points import no_grad, reader
 from retainops.registry import Op, find
+from retainops.relevance import Relevance
 from retainops.retained import Retained
 from retainops.slots import Slot
+from retainops.stats import OVER_OF_ATTENTION
 
 BACKENDS = ("auto", "triton", "reference")
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -90,10 +93,15 @@ def kernels_on(device_type: str) -> Iterator[None]:
 
 def ambient() -> str | None:
     """What is going on around this call that must see PyTorch's own operations, or None."""
+    if torch._C._len_torch_dispatch_stack() and torch._C._functorch.peek_interpreter_stack() is None:
+        return "a dispatch mode (fake tensors, tracing, counting) is active"
+    return transformed()
+
+
+def transformed() -> str | None:
+    """What is going on around this call for which an operation must have all its derivatives, or None."""
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return "a torch.func transform is active"
-    if torch._C._len_torch_dispatch_stack():
-        return "a dispatch mode (fake tensors, tracing, counting) is active"
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation is active"
     if torch.jit.is_tracing():
@@ -168,7 +176,7 @@ def requested(op: Op, inputs: tuple[Any, ...], retain: Retained) -> Mapping[str,
         TypeError: `retain` is not a `Retained`.
         KeyError: it names a point that the op does not have.
         RuntimeError: no gradient will reach the points, or none could be kept (torch.func, torch.compile).
-        ValueError: an `Into` buffer shares memory with an input.
+        ValueError: an `Into` buffer shares memory with an input, or what is wanted is for points of attention.
     """
     if not isinstance(retain, Retained):
         raise TypeError(
@@ -179,6 +187,13 @@ def requested(op: Op, inputs: tuple[Any, ...], retain: Retained) -> Mapping[str,
     for name in retain:
         if name not in names:
             raise KeyError(f"{op.name}: unknown point '{name}'; its points are: {', '.join(names)}")
+    if op.kind != "attention":
+        for slot in retain.values():
+            if isinstance(slot.want, (Part, Relevance)) or getattr(slot.want, "over", "") in OVER_OF_ATTENTION:
+                raise ValueError(
+                    f"{op.name}: point '{slot.name}' was asked for {slot.want}, which is for points of attention; ask "
+                    "for the gradient, or for Stats over the tensor, rows or channels"
+                )
     if torch.compiler.is_compiling():
         return retain  # what is left to check is nothing Dynamo can trace; taps check what they can
     if torch._C._functorch.peek_interpreter_stack() is not None:
@@ -211,6 +226,9 @@ def explain(op: Callable[..., Any] | str, *inputs: Any) -> str:
     """
     record = find(op)
     why = why_reference(record, inputs)
+    if record.kind == "attention":
+        path = "the Triton kernels" if why is None else f"the reference path: {why}"
+        return f"{record.name}'s output and its gradients are PyTorch's own; its scores, if asked for, take {path}."
     if why is None:
         where = next(x.device for x in inputs if isinstance(x, torch.Tensor))
         return f"{record.name} takes the Triton kernels: every input is a dense floating-point tensor on {where}."

@@ -11,15 +11,16 @@ from typing import Any
 from torch import nn
 
 from retainops.buffers import Into
-from retainops.nn.point import HoldsPoints
+from retainops.nn.guests import Holder, holder
+from retainops.part import Part
 from retainops.points import PointTable
 from retainops.points import points as points_of_op
 from retainops.registry import PointInfo
+from retainops.relevance import Relevance
 from retainops.retained import Retained, aligned, listed
-from retainops.slots import Slot
+from retainops.slots import Slot, Want
 from retainops.stats import Stats
 
-Want = Into | Stats | None
 Patterns = str | Sequence[str] | Callable[[str], bool] | Mapping[str, Want]
 
 
@@ -32,13 +33,13 @@ class ModelPoint:
         formula: the value, in the symbols of the op.
         shape: in words.
         where: the class of the module, and of the one that holds it.
-        module: the module.
+        holder: the module, or of one of another library what stands in for it.
         info: the point as the module knows it.
     """
 
     name: str
     where: str
-    module: HoldsPoints
+    holder: Holder
     info: PointInfo
 
     @property
@@ -114,7 +115,8 @@ def retain(model: nn.Module, what: Patterns = "*", want: Want = None) -> Iterato
         model: any module; requests are held by its own modules alone, so other models and threads see nothing.
         what: a glob pattern of names ("*" crosses dots), a sequence of them, a callable on the name, or a mapping
             from pattern to want (of several patterns that match a name, the last one counts).
-        want: in what form: None (the gradient), `Stats(...)`, or, of a single point, `Into(buffer)`.
+        want: in what form: None (the gradient), `Stats(...)`, of points of attention `Part(...)` and `Relevance(...)`,
+            or, of a single point, `Into(buffer)`.
 
     Yields:
         A mapping from name to `Slot`. It stays valid after the `with`.
@@ -133,23 +135,29 @@ def retain(model: nn.Module, what: Patterns = "*", want: Want = None) -> Iterato
         raise TypeError(f"retain: model is {type(model).__name__}; expected a torch.nn.Module")
     there = ModelPoints(model)
     if not there:
+        more = ""
+        if hasattr(model, "set_attn_implementation"):
+            more = (
+                "; for its attention, import retainops.integrations.transformers and call model.set_attn_implementation"
+                '("retainops")'
+            )
         raise ValueError(
             f"retain: {type(_original(model)).__name__} has no points; put ro.nn.Point() where a gradient is wanted, "
-            "or use modules of retainops.nn such as ro.nn.MulSin"
+            f"or use modules of retainops.nn such as ro.nn.MulSin{more}"
         )
     wants = _choose(list(there), _as_mapping(what, want))
     slots = {name: Slot(name, wants[name]) for name in there if name in wants}
-    requests: dict[HoldsPoints, dict[str, Slot]] = {}
+    requests: dict[Holder, dict[str, Slot]] = {}
     for name, slot in slots.items():
-        requests.setdefault(there[name].module, {})[there[name].info.name] = slot
-    armed = [(module, Retained.of(of_module)) for module, of_module in requests.items()]
-    for module, request in armed:
-        module._requests += (request,)
+        requests.setdefault(there[name].holder, {})[there[name].info.name] = slot
+    asked = [(of, Retained.of(of_module)) for of, of_module in requests.items()]
+    for of, request in asked:
+        of.ask(request)
     try:
         yield Retained.of(slots)
     finally:
-        for module, request in armed:
-            module._requests = tuple(other for other in module._requests if other is not request)
+        for of, request in asked:
+            of.cease(request)
 
 
 def _original(module: nn.Module) -> nn.Module:
@@ -158,15 +166,15 @@ def _original(module: nn.Module) -> nn.Module:
 
 
 def _points_in(model: nn.Module) -> Iterator[ModelPoint]:
-    holder_of = {child: type(parent).__name__ for parent in model.modules() for child in parent.children()}
+    parent_of = {child: type(parent).__name__ for parent in model.modules() for child in parent.children()}
     for path, module in model.named_modules():
-        if isinstance(module, HoldsPoints):
+        if (of := holder(module)) is not None:
             # torch.compile's wrapper is no part of the model: the names are those without it.
             parts = [part for part in path.split(".") if part not in ("", "_orig_mod")]
-            kind, holder = type(module).__name__, holder_of.get(module)
-            where = kind if holder in (None, "OptimizedModule") else f"{kind} in {holder}"
-            for info in module.point_infos():
-                yield ModelPoint(".".join([*parts, info.name] if info.name else parts), where, module, info)
+            kind, parent = type(module).__name__, parent_of.get(module)
+            where = kind if parent in (None, "OptimizedModule") else f"{kind} in {parent}"
+            for info in of.point_infos():
+                yield ModelPoint(".".join([*parts, info.name] if info.name else parts), where, of, info)
 
 
 Matcher = tuple[str, Callable[[str], bool], Want]
@@ -197,8 +205,11 @@ def _glob(pattern: str) -> Callable[[str], bool]:
 
 
 def _check_want(want: Want) -> None:
-    if want is not None and not isinstance(want, (Into, Stats)):
-        raise TypeError(f"retain: a want is {type(want).__name__}; expected None, Into(buffer) or Stats(...)")
+    if want is not None and not isinstance(want, (Into, Stats, Part, Relevance)):
+        raise TypeError(
+            f"retain: a want is {type(want).__name__}; expected None, Into(buffer) or Stats(...), or of attention "
+            "Part(...) or Relevance(...)"
+        )
 
 
 def _choose(names: list[str], matchers: list[Matcher]) -> dict[str, Want]:

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 
 from retainops import parcel
+from retainops.part import Part, Places, picked
 from retainops.registry import Op, Point, PointInfo, find
+from retainops.relevance import Relevance
 from retainops.retained import Retained
 from retainops.slots import Slot
-from retainops.stats import Stats, parts_of
+from retainops.stats import TAKE_VALUE, Stats, parts_of
 
 
 class Tap(torch.autograd.Function):
@@ -21,7 +23,7 @@ class Tap(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, view: torch.Tensor, leaf: torch.Tensor, slot: Slot, op: str) -> torch.Tensor:
         ctx.slot, ctx.leaf, ctx.op = slot, leaf, op
         ctx.set_materialize_grads(False)
-        if "act_grad" in slot.parts:
+        if slot.takes_value:
             ctx.save_for_backward(x)
         return x.view_as(x)
 
@@ -42,21 +44,23 @@ class CompiledTap(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, carrier: torch.Tensor, point: str, names: tuple[str, ...], over: str
+        ctx: Any, x: torch.Tensor, carrier: torch.Tensor, point: str, names: tuple[str, ...], over: str, part: Places
     ) -> torch.Tensor:
-        ctx.point, ctx.names, ctx.over = point, names, over
-        if "act_grad" in names:
+        ctx.point, ctx.names, ctx.over, ctx.part = point, names, over, part
+        ctx.takes_value = not TAKE_VALUE.isdisjoint(names)
+        if ctx.takes_value:
             ctx.save_for_backward(x)
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        value = ctx.saved_tensors[0] if "act_grad" in ctx.names else None
+        value = ctx.saved_tensors[0] if ctx.takes_value else None
         stats = tuple(name for name in ctx.names if name != "dense")
         parts = parts_of(stats, ctx.over, grad, value)
         if "dense" in ctx.names:
-            parts.insert(0, grad.clone())  # what a slot holds is its own; Inductor stores it from the same loop
-        return grad, parcel.pack(ctx.point, ctx.names, *parts), None, None, None
+            # What a slot holds is its own; Inductor stores it from the same loop.
+            parts.insert(0, picked(grad, ctx.part) if ctx.part else grad.clone())
+        return grad, parcel.pack(ctx.point, ctx.names, *parts), None, None, None, None
 
 
 def tap(
@@ -71,10 +75,13 @@ def tap(
         raise no_grad(op, slot.name)
     if torch.compiler.is_compiling():
         over = "tensor"
-        if isinstance(slot.want, Stats):
+        part: Places = ()
+        if isinstance(slot.want, (Stats, Relevance)):
             over = slot.want.over
             slot.want.check(op, slot.name, value.shape, value.dtype, value.device)
-        return CompiledTap.apply(value, slot.carrier, slot.name, slot.parts, over)
+        if isinstance(slot.want, Part):
+            part = slot.want.resolve(op, slot.name, value.shape)
+        return CompiledTap.apply(value, slot.carrier, slot.name, slot.parts, over, part)
     if leaf is None:
         leaf = slot.bind(op, value.shape, value.dtype, value.device)
     return Tap.apply(value, leaf if view is None else view, leaf, slot, op)

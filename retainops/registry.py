@@ -42,7 +42,9 @@ class Op:
         sample: `sample(shape, dtype, device, generator)` makes inputs for tests and benchmarks.
         traffic: `traffic(*inputs)` is the fewest bytes that (forward, backward, each retained point) must move.
         constants: places of inputs that have no gradient on the kernels, though they may be floating-point: tables.
-        kind: "elementwise", or "row" if elements along the last dim depend on each other: what tests may assume of it.
+        kind: "elementwise", or "row" if elements along the last dim depend on each other, or "attention" if points are
+            of (..., heads, queries, keys), and `Part`, `Relevance` and statistics over these can be asked for: what
+            tests may assume of it.
     """
 
     name: str

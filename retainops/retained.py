@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 
 from retainops.buffers import Into
+from retainops.part import Part
+from retainops.relevance import Relevance
 from retainops.slots import Slot
 from retainops.stats import Stats
 
@@ -17,10 +19,11 @@ class Retained(Mapping[str, Slot]):
 
     Args:
         *names: points whose full gradient is wanted.
-        **wants: points whose gradient is wanted in another form: `c=ro.Into(buffer)`, `c=ro.Stats("l2")`.
+        **wants: points whose gradient is wanted in another form: `c=ro.Into(buffer)`, `c=ro.Stats("l2")`; of attention
+            also `p=ro.Part(heads=0)`, `p=ro.Relevance("chefer")`.
 
     Raises:
-        TypeError: a name is not a string, a want is neither `Into` nor `Stats`, or nothing is asked for.
+        TypeError: a name is not a string, a want is none of these, or nothing is asked for.
         ValueError: a name is given twice.
 
     Example:
@@ -30,7 +33,7 @@ class Retained(Mapping[str, Slot]):
         True
     """
 
-    def __init__(self, *names: str, **wants: Into | Stats) -> None:
+    def __init__(self, *names: str, **wants: Into | Stats | Part | Relevance) -> None:
         if not names and not wants:
             raise TypeError('Retained: no point named; name at least one, as in Retained("c")')
         self._slots: dict[str, Slot] = {}
@@ -41,8 +44,11 @@ class Retained(Mapping[str, Slot]):
                 raise ValueError(f"Retained: point '{name}' is named twice; name it once")
             self._slots[name] = Slot(name)
         for name, want in wants.items():
-            if not isinstance(want, (Into, Stats)):
-                raise TypeError(f"Retained: {name}= is {type(want).__name__}; expected Into(buffer) or Stats(...)")
+            if not isinstance(want, (Into, Stats, Part, Relevance)):
+                raise TypeError(
+                    f"Retained: {name}= is {type(want).__name__}; expected Into(buffer) or Stats(...), or of attention "
+                    "Part(...) or Relevance(...)"
+                )
             self._slots[name] = Slot(name, want)
 
     @classmethod

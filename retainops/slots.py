@@ -18,7 +18,13 @@ import torch
 
 from retainops import parcel
 from retainops.buffers import Into
-from retainops.stats import STATISTICS, Part, Stats, merge, parts_of, total
+from retainops.part import Part
+from retainops.relevance import KINDS, Relevance
+from retainops.stats import STATISTICS, TAKE_VALUE, Stats, merge, parts_of, total
+from retainops.stats import Part as PartOfStats
+
+Want = Into | Stats | Part | Relevance | None
+"""In what form a point's gradient is wanted; None: as it is."""
 
 
 class Answer(NamedTuple):
@@ -60,19 +66,19 @@ class Slot:
         grad: the gradient of the loss with respect to the interior value: shape and dtype of the interior (an
             `Into` buffer's dtype there); None before backward, and if only statistics were asked for. It accumulates
             over uses and backward calls.
-        l2, sum, ...: one attribute a statistic of `Stats`; None before backward.
+        l2, sum, ...: one attribute a statistic of `Stats` or a relevance of `Relevance`; None before backward.
         tensor: the leaf itself, for `torch.autograd.grad(loss, slot.tensor)` and hooks. A hook sees the gradient;
             it cannot change what flows on to the op's inputs.
-        shape, dtype: the interior's; None until the slot's first use.
+        shape, dtype: the interior's, of a `Part` that part's; None until the slot's first use.
     """
 
-    def __init__(self, name: str, want: Into | Stats | None = None) -> None:
+    def __init__(self, name: str, want: Want = None) -> None:
         self.name = name
         self.want = want
         self._leaf: torch.Tensor | None = None
         self._filled = False  # an Into buffer holds a gradient
         self._may_rebind = False
-        self._parts: dict[str, Part] = {}
+        self._parts: dict[str, PartOfStats] = {}
         self._arrival: Arrival | None = None
         self._connect()
 
@@ -114,19 +120,28 @@ class Slot:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """What a compiled graph is to answer: the full gradient ("dense"), parts of statistics, or both."""
-        if not isinstance(self.want, Stats):
+        """What a compiled graph is to answer: the gradient ("dense"), parts of statistics, or both."""
+        if not isinstance(self.want, (Stats, Relevance)):
             return ("dense",)
         return (("dense",) if self.want.grad else ()) + self.want.parts
+
+    @property
+    def takes_value(self) -> bool:
+        """Whether the answer needs the point's value beside its gradient."""
+        return not TAKE_VALUE.isdisjoint(self.parts)
 
     def __getattr__(self, name: str) -> torch.Tensor | None:
         want = self.__dict__.get("want")
         if isinstance(want, Stats) and name in want.names:
             statistic = STATISTICS[name]
             return statistic.read(*(total(self._parts[p]) for p in statistic.parts)) if self._parts else None
-        asked = f"its statistics are {', '.join(want.names)}" if isinstance(want, Stats) else "it has no statistics"
-        if name in STATISTICS:
-            asked += f'; ask with Stats("{name}")'
+        if isinstance(want, Relevance) and name in want.names:
+            return total(self._parts[name]).clone() if self._parts else None
+        asked = "it has no statistics"
+        if isinstance(want, (Stats, Relevance)):
+            asked = f"its {'statistics' if isinstance(want, Stats) else 'relevances'} are {', '.join(want.names)}"
+        if name in STATISTICS or name in KINDS:
+            asked += f'; ask with {"Stats" if name in STATISTICS else "Relevance"}("{name}")'
         raise AttributeError(f"slot '{self.__dict__.get('name')}' has no attribute '{name}': {asked}")
 
     def reset(self) -> None:
@@ -144,9 +159,12 @@ class Slot:
 
         Raises:
             RuntimeError: the slot was used with another shape, dtype or device and not reset since.
-            ValueError: the `Into` buffer does not fit, or the `Stats` cannot be taken.
+            ValueError: the `Into` buffer does not fit, or the `Stats` or the `Relevance` cannot be taken.
+            IndexError: the `Part` is out of range.
         """
         with self._lock:
+            if isinstance(self.want, Part):
+                shape = self.want.shape(op, self.name, shape)
             return self._bind(op, shape, dtype, device)
 
     def _bind(self, op: str, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -160,7 +178,7 @@ class Slot:
                 f"one of shape {tuple(leaf.shape)}, {leaf.dtype}, on {leaf.device}; call reset() on it between the "
                 "two, or use one Retained for each"
             )
-        if self.want is not None:
+        if self.want is not None and not isinstance(self.want, Part):
             self.want.check(op, self.name, shape, dtype, device)
         # One stored element, whatever the shape: a slot costs no memory until its gradient arrives.
         is_real = not torch._C._len_torch_dispatch_stack()  # a mode may make tensors that mean nothing outside it
@@ -181,16 +199,19 @@ class Slot:
             if not buffer.is_inference():
                 torch.autograd.graph.increment_version(buffer)  # a kernel's writes are otherwise unknown to autograd
             return Answer(buffer, self.want.accumulate or self._filled, None, None)
-        if self.want is not None and not self.want.grad:
-            return Answer(None, False, None, self.want)
+        if isinstance(self.want, Relevance):
+            return Answer(None, False, None, None)
+        stats = self.want if isinstance(self.want, Stats) else None
+        if stats is not None and not stats.grad:
+            return Answer(None, False, None, stats)
         new = torch.empty(shape, dtype=dtype, device=device)
-        return Answer(new, False, new, self.want)
+        return Answer(new, False, new, stats)
 
     def written(self) -> None:
         """An `Into` buffer that `answer` named has its gradient now (and had not, if a backward failed before)."""
         self._filled = isinstance(self.want, Into)
 
-    def merge(self, parts: Mapping[str, Part], leaf: torch.Tensor | None = None) -> None:
+    def merge(self, parts: Mapping[str, PartOfStats], leaf: torch.Tensor | None = None) -> None:
         """Take one backward call's parts of statistics, unless they come to a leaf that a reset has done away with."""
         if leaf is not None and leaf is not self._leaf:
             return
@@ -219,6 +240,8 @@ class Slot:
                     self.want.buffer.copy_(grad)
                 self.written()
             return None
+        if isinstance(self.want, Part):
+            return self.want.of(op, self.name, grad).to(dtype)
         if self.want is not None:
             with torch.no_grad():
                 found = parts_of(self.want.parts, self.want.over, grad.detach(), value)
@@ -231,7 +254,8 @@ class Slot:
         self._note_arrival(compiled=True)
         dense = parts.pop("dense", None)
         # The full gradient's shape is checked before anything is taken.
-        leaf = None if dense is None else self.bind("torch.compile", dense.shape, dense.dtype, dense.device)
+        with self._lock:  # not by `bind`: a Part is one already
+            leaf = None if dense is None else self._bind("torch.compile", dense.shape, dense.dtype, dense.device)
         if parts:
             self.merge(parts)
         if dense is None or leaf is None:
@@ -243,7 +267,7 @@ class Slot:
                 leaf.grad = dense.contiguous() if leaf.grad is None else leaf.grad + dense
 
     def _readings(self) -> dict[str, torch.Tensor | None]:
-        names = self.want.names if isinstance(self.want, Stats) else ()
+        names = self.want.names if isinstance(self.want, (Stats, Relevance)) else ()
         return {"grad": self.grad, **{name: getattr(self, name) for name in names}}
 
     def _note_arrival(self, compiled: bool = False) -> None:
@@ -254,17 +278,19 @@ class Slot:
         """Whether the gradient is; None: there is none. Reads a value, so it waits for the GPU."""
         if self.grad is not None:
             return bool(self.grad.isfinite().all())
-        found = self.nonfinite if self._tells_nonfinite() and isinstance(self.want, Stats) else None
+        found = self.nonfinite if isinstance(self.want, Stats) and self._tells_nonfinite() else None
         return None if found is None else not bool(found.any())
 
     def _tells_nonfinite(self) -> bool:
+        if isinstance(self.want, (Part, Relevance)):
+            return False
         return not isinstance(self.want, Stats) or self.want.grad or "nonfinite" in self.want.names
 
     def __repr__(self) -> str:
         return f"Slot({', '.join(self._row())})"
 
     def _row(self) -> tuple[str, str, str, str]:
-        filled = bool(self._parts) if isinstance(self.want, Stats) else self.grad is not None
+        filled = bool(self._parts) if isinstance(self.want, (Stats, Relevance)) else self.grad is not None
         unknown = "any shape" if filled else "not used yet"  # statistics out of a compiled graph come without a shape
         shape = unknown if self.shape is None else str(tuple(self.shape))
         dtype = "" if self.dtype is None else str(self.dtype).removeprefix("torch.")

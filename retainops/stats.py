@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import torch
 
+from retainops.relevance import KINDS
+
 HIST_BINS = 256
 """Bin i counts the elements with 2**(i - 127) <= |g| < 2**(i - 126): the exponent field of float32. Bin 0 holds zeros
 and what float32 calls subnormal, bin 255 inf and nan."""
@@ -27,7 +29,12 @@ MERGE: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "count": torch.add,
     "nonfinite": torch.add,
     "hist": torch.add,
+    **dict.fromkeys(KINDS, torch.add),
 }
+
+
+TAKE_VALUE = frozenset(("act_grad", *(name for name, kind in KINDS.items() if kind.square)))
+"""Parts that need the point's value beside its gradient."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,7 @@ STATISTICS: dict[str, Statistic] = {
 }
 
 OVER = ("tensor", "rows", "channels")
+OVER_OF_ATTENTION = ("heads", "queries", "keys")
 
 
 class Stats:
@@ -64,7 +72,9 @@ class Stats:
         *names: of "l2", "sum", "abs_sum", "amax", "mean", "nonfinite", "act_grad" (the sum of value x gradient) and
             "hist" (counts by power-of-two exponent; see `HIST_BINS`).
         over: "tensor" (one number), "rows" (reduced over the last dim: one a row) or "channels" (reduced over all
-            dims but the last). "hist" is of the whole tensor only.
+            dims but the last). "hist" is of the whole tensor only. For points of `attention`, and `ro.point`, of
+            (..., heads, queries, keys): "heads" (one a head), "queries" (one a query of each head; these are the rows)
+            or "keys" (one a key of each head).
         grad: keep the full gradient too.
 
     Sums are held in float32 (float64 for float64 gradients) and, in a kernel, taken before the gradient is rounded to
@@ -72,7 +82,7 @@ class Stats:
     and the others speak of all gradient values since `reset()`.
 
     Raises:
-        ValueError: nothing is named, a name or `over` is unknown, or "hist" over rows or channels.
+        ValueError: nothing is named, a name or `over` is unknown, or "hist" over anything but the tensor.
 
     Example:
         >>> kept = ro.Retained(c=ro.Stats("l2", "amax"))
@@ -88,8 +98,8 @@ class Stats:
         for name in names:
             if name not in STATISTICS:
                 raise ValueError(f"Stats: unknown statistic {name!r}; expected some of {', '.join(STATISTICS)}")
-        if over not in OVER:
-            raise ValueError(f"Stats: over is {over!r}; expected one of {', '.join(OVER)}")
+        if over not in OVER + OVER_OF_ATTENTION:
+            raise ValueError(f"Stats: over is {over!r}; expected one of {', '.join(OVER + OVER_OF_ATTENTION)}")
         if over != "tensor" and "hist" in names:
             raise ValueError(
                 f'Stats: "hist" over {over}; it is taken over the whole tensor: ask for it with over="tensor"'
@@ -103,13 +113,19 @@ class Stats:
 
     def shape(self, of: torch.Size) -> torch.Size:
         """The shape of a statistic of a gradient of shape `of` (hist: one dim of `HIST_BINS` more)."""
-        return {"tensor": torch.Size(()), "rows": of[:-1], "channels": of[-1:]}[self.over]
+        dims = reduced_dims(self.over, len(of))
+        return torch.Size(size for dim, size in enumerate(of) if dim not in dims)
 
     def check(self, op: str, point: str, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> None:
         """Raise if these statistics cannot be taken of a gradient like this."""
         if self.over != "tensor" and len(shape) == 0:
             raise ValueError(
                 f"{op}: Stats(over={self.over!r}) of point '{point}', which has no dims; use over=\"tensor\""
+            )
+        if self.over in OVER_OF_ATTENTION and len(shape) < 2:
+            raise ValueError(
+                f"{op}: Stats(over={self.over!r}) of point '{point}', which has shape {tuple(shape)}; expected "
+                "(..., heads, queries, keys)"
             )
         if dtype.is_complex:
             raise ValueError(f"{op}: Stats of point '{point}', which is {dtype}; they are for real gradients")
@@ -119,17 +135,28 @@ class Stats:
         return f"Stats({', '.join(self.names)}{more}{', grad=True' if self.grad else ''})"
 
 
+def reduced_dims(over: str, ndim: int) -> tuple[int, ...]:
+    """The dims that statistics are taken over, of a tensor of so many dims."""
+    if over == "tensor":
+        return tuple(range(ndim))
+    if over == "channels":
+        return tuple(range(ndim - 1))
+    if over == "heads":
+        return (ndim - 2, ndim - 1)
+    return (ndim - 2,) if over == "keys" else (ndim - 1,)
+
+
 def parts_of(wanted: tuple[str, ...], over: str, g: torch.Tensor, value: torch.Tensor | None) -> list[torch.Tensor]:
     """The parts of a gradient's statistics, in plain PyTorch: what kernels compute as they go.
 
     Args:
-        wanted: names of parts.
-        over: "tensor", "rows" or "channels".
+        wanted: names of parts, and of relevances.
+        over: as of `Stats`.
         g: the gradient, any real dtype.
-        value: the interior's value; needed for "act_grad" alone.
+        value: the interior's value; needed for those of `TAKE_VALUE` alone.
     """
     wide = g.to(torch.promote_types(g.dtype, torch.float32))
-    dims = {"tensor": tuple(range(g.dim())), "rows": (-1,), "channels": tuple(range(g.dim() - 1))}[over]
+    dims = reduced_dims(over, g.dim())
 
     def add_up(x: torch.Tensor) -> torch.Tensor:
         return x.sum(dims) if dims else x.clone()  # the gradient itself is autograd's to add to
@@ -150,6 +177,8 @@ def parts_of(wanted: tuple[str, ...], over: str, g: torch.Tensor, value: torch.T
             return count(g, over)
         if name == "nonfinite":
             return add_up((~wide.isfinite()).to(torch.int64))
+        if name in KINDS:
+            return KINDS[name].of(wide, None if value is None else value.to(wide.dtype))
         return hist(wide)
 
     return [part(name) for name in wanted]

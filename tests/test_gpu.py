@@ -113,12 +113,16 @@ def allocated(call: Any) -> tuple[int, Any]:
     return torch.cuda.max_memory_allocated() - before, result
 
 
+HAVE_THEIR_OWN = ("linear_cross_entropy", "attention")
+"""Tests: one works in blocks, and the other through kernels of PyTorch's, which take memory for their work."""
+
+
 def size(*tensors: torch.Tensor | None) -> int:
     """Bytes of tensors, of each memory once."""
     return sum({t.data_ptr(): t.numel() * t.element_size() for t in tensors if t is not None}.values())
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n != "linear_cross_entropy"])  # it has blocks, and its own test
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in HAVE_THEIR_OWN])
 def test_memory_is_that_of_the_results(name: str) -> None:
     """Forward takes its outputs, backward the gradients, a point its gradient, statistics nothing to speak of."""
     op, inputs = find(name), sample(name, "cuda", shape=SHAPE)

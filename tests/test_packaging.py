@@ -16,6 +16,8 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [
     "kernels",
     "_version",
+    "relevance",
+    "part",
     "stats",
     "parcel",
     "buffers",

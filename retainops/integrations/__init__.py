@@ -1,1 +1,1 @@
-"""Where answers can go: each module here speaks to one other library, and imports it only itself."""
+"""Other libraries: where answers can go, and whose models can be asked. Each module here imports its one itself."""

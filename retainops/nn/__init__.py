@@ -1,5 +1,6 @@
 """Modules whose interior values can be asked for with `ro.retain(model, ...)`."""
 
+from retainops.nn.attention import MultiheadAttention
 from retainops.nn.chains import BiasDropoutAdd, Mish, ScaleShift, SoftCap, SquaredReLU
 from retainops.nn.gated import GEGLU, GLU, GatedMLP, ReGLU, SwiGLU
 from retainops.nn.loss import CrossEntropyLoss, LinearCrossEntropyLoss
@@ -24,6 +25,7 @@ __all__ = [
     "LogSoftmax",
     "Mish",
     "MulSin",
+    "MultiheadAttention",
     "Point",
     "RMSNorm",
     "ReGLU",

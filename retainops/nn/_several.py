@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from retainops.dispatch import backend_name, requested
+from retainops.ops.attention import ATTENTION, attention_of
 from retainops.points import tap
 from retainops.registry import Op
 from retainops.retained import Retained
@@ -17,6 +18,8 @@ from retainops.stats import Part, Stats
 
 def call_with_several(op: Op, inputs: tuple[Any, ...], requests: Sequence[Retained]) -> torch.Tensor:
     """Call an op and answer each request: through the kernels where one answer holds all that is wanted."""
+    if op is ATTENTION:
+        return attention_of(inputs, requests)
     if not torch.compiler.is_compiling():
         for request in requests:
             requested(op, inputs, request)

@@ -43,6 +43,14 @@ class HoldsPoints(nn.Module):
         """Its points, in forward order; `ro.retain` calls them by the module's path, a dot, and their name."""
         return self.op.points
 
+    def ask(self, request: Retained) -> None:
+        """Answer this request too, from now on: its names are those of `point_infos`."""
+        self._requests += (request,)
+
+    def cease(self, request: Retained) -> None:
+        """No longer answer it."""
+        self._requests = tuple(other for other in self._requests if other is not request)
+
     def call(self, *inputs: Any, op: Op | None = None) -> torch.Tensor:
         """The op of these inputs, with the points that are asked for. Without grad nothing is kept, and no error.
 
@@ -50,23 +58,11 @@ class HoldsPoints(nn.Module):
             *inputs: as the op's reference takes them.
             op: another op than the class's.
         """
-        op = self.op if op is None else op
-        if not self._requests or not gradients_reach(*inputs):
-            return op.call(*inputs)
-        requests = [r for r in [_of_op(op, request) for request in self._requests] if r is not None]
-        if not requests:
-            return op.call(*inputs)
-        if len(requests) == 1:
-            return op.call(*inputs, retain=requests[0])
-        return call_with_several(op, inputs, requests)
+        return call(self.op if op is None else op, inputs, self._requests)
 
     def point(self, name: str, value: torch.Tensor) -> torch.Tensor:
         """A value that is in memory anyway, as a point: its gradient goes to whoever asks for it."""
-        for request in self._requests:
-            slot = request.get(name)
-            if slot is not None and gradients_reach(value):
-                value = tap(type(self).__name__, slot, value)
-        return value
+        return tapped(type(self).__name__, name, value, self._requests)
 
     def __getstate__(self) -> dict[str, Any]:
         # A request belongs to the `with` that made it, which knows nothing of copies.
@@ -100,6 +96,27 @@ class Point(HoldsPoints):
             name = self._requests[0][self.POINT].name
             raise TypeError(f"Point '{name}': the input is {type(x).__name__}; expected a torch.Tensor")
         return self.point(self.POINT, x)
+
+
+def call(op: Op, inputs: tuple[Any, ...], requests: tuple[Retained, ...]) -> torch.Tensor:
+    """The op of these inputs, for each of these requests. Without grad nothing is kept, and no error."""
+    if not requests or not gradients_reach(*inputs):
+        return op.call(*inputs)
+    mine = [r for r in [_of_op(op, request) for request in requests] if r is not None]
+    if not mine:
+        return op.call(*inputs)
+    if len(mine) == 1:
+        return op.call(*inputs, retain=mine[0])
+    return call_with_several(op, inputs, mine)
+
+
+def tapped(op: str, name: str, value: torch.Tensor, requests: tuple[Retained, ...]) -> torch.Tensor:
+    """A value in memory as the point of this name, for each of these requests."""
+    for request in requests:
+        slot = request.get(name)
+        if slot is not None and gradients_reach(value):
+            value = tap(op, slot, value)
+    return value
 
 
 def _of_op(op: Op, request: Retained) -> Retained | None:

@@ -56,7 +56,7 @@ class Fused(torch.autograd.Function):
         inputs, leaves = args[: ctx.count], args[ctx.count :]
         ctx.op, ctx.kernels, ctx.slots = op, kernels, slots
         ctx.leaves = {p.name: leaf for p, leaf in zip(op.points, leaves, strict=True) if leaf is not None}
-        ctx.autocast = _autocast(layout.device.type)
+        ctx.autocast = autocast_here(layout.device.type)
         ctx.set_materialize_grads(False)
         results = kernels.forward(inputs, layout)
         outputs, others = results[: len(layout.outputs)], results[len(layout.outputs) :]
@@ -80,7 +80,7 @@ class Fused(torch.autograd.Function):
         return *none, *ctx.kernels.backward(op, inputs, dys, needed, ctx.slots, leaves)
 
 
-def _autocast(device_type: str) -> Callable[[], torch.autocast]:
+def autocast_here(device_type: str) -> Callable[[], torch.autocast]:
     """Autocast as it is here and now, to be entered again."""
     enabled, dtype = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
     return functools.partial(torch.autocast, device_type, dtype=dtype, enabled=enabled)

@@ -55,6 +55,10 @@ def check_op(
     what cancels does so further out, the smaller eps is). It counts twice, since one rounded result is compared with
     another.
 
+    The output of attention and the gradients of its inputs are those of a kernel of PyTorch's own, which lays out and
+    sums otherwise than the definition: no strides are compared there, and the bar is four times as high. So it is for
+    its scores, in whose gradient large terms cancel.
+
     What it cannot see: an error in elements far smaller than the largest one. Give it inputs of like magnitudes.
 
     Args:
@@ -90,6 +94,7 @@ def check_op(
         name = name_of(op)
     if not callable(op):
         raise TypeError(f"check_op: op is {type(op).__name__}; expected a function, since reference= is given")
+    by_pytorch = any(o.reference is reference and o.kind == "attention" for o in registry.ops())
     call = Call(reference, inputs)
     if not any(call.needed):
         raise TypeError(f"check_op: no input of {name} is a floating-point tensor; there is no gradient to check")
@@ -105,7 +110,7 @@ def check_op(
     return Report(
         op=name,
         inputs=", ".join(_described(n, x) for n, x in zip(call.names, inputs, strict=True)),
-        rows=tuple(_rows(call, dys, retain, run)),
+        rows=tuple(_rows(call, dys, retain, run, by_pytorch)),
         bitwise=not differing,
         problems=tuple(differing) if intact else (*differing, "an input or dy was written to"),
     )
@@ -147,13 +152,13 @@ def _differing_bits(
     return problems
 
 
-def _rows(call: Call, dys: Dys, retain: tuple[str, ...], run: Quantities) -> list[Row]:
+def _rows(call: Call, dys: Dys, retain: tuple[str, ...], run: Quantities, by_pytorch: bool) -> list[Row]:
     eager = call.eager(dys, retain)
     oracle = call.in_dtype(torch.float64).eager(tuple(dy.double() for dy in dys), retain)
     errors, terms = eager_errors(call, dys, retain, eager), call.terms(dys, retain)
     kinds = {**{name: "output" for name in run if name.startswith("y")}, **{call.label(p): "point" for p in retain}}
     return [
-        _row(name, kinds.get(name, "input"), x, eager[name], errors[name], oracle[name], terms.get(name))
+        _row(name, kinds.get(name, "input"), x, eager[name], errors[name], oracle[name], terms.get(name), by_pytorch)
         for name, x in run.items()
     ]
 
@@ -166,12 +171,15 @@ def _row(
     eager_error: float,
     oracle: torch.Tensor | None,
     terms: Terms | None,
+    by_pytorch: bool,
 ) -> Row:
     if x is None or eager is None or oracle is None:
         problems = [] if x is eager else ["None; eager has a gradient" if x is None else "eager has no gradient here"]
         return Row(name, kind, 0.0, 0.0, 0.0, tuple(problems))
     mine, allowed = error(x, oracle), bar(eager, eager_error, oracle, terms)
-    problems = _unlike(kind, x, eager)
+    if by_pytorch and (kind != "point" or name == "ds"):
+        allowed *= 4
+    problems = _unlike(x, eager, kind == "output" and not by_pytorch)
     if x.shape == eager.shape:
         if mine > allowed:
             problems.append(f"error {mine:.2e} is above the bar {allowed:.2e}")
@@ -180,8 +188,8 @@ def _row(
     return Row(name, kind, mine, eager_error, allowed, tuple(problems))
 
 
-def _unlike(kind: str, x: torch.Tensor, eager: torch.Tensor) -> list[str]:
-    """Shape, dtype and strides that are not eager's, in words."""
+def _unlike(x: torch.Tensor, eager: torch.Tensor, strides: bool) -> list[str]:
+    """Shape, dtype and, if they matter, strides that are not eager's, in words."""
     if x.shape != eager.shape:
         return [f"shape {tuple(x.shape)}; eager's is {tuple(eager.shape)}"]
     problems = []
@@ -189,7 +197,7 @@ def _unlike(kind: str, x: torch.Tensor, eager: torch.Tensor) -> list[str]:
         problems.append(f"{x.dtype}; eager's is {eager.dtype}")
     # The stride of a dim of one element, or of a tensor without any, says nothing.
     moving = [d for d, size in enumerate(x.shape) if size > 1] if x.numel() else []
-    if kind == "output" and any(x.stride(d) != eager.stride(d) for d in moving):
+    if strides and any(x.stride(d) != eager.stride(d) for d in moving):
         problems.append(f"strides {x.stride()}; eager's are {eager.stride()}")
     return problems
 

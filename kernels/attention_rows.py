@@ -1,0 +1,59 @@
+"""Two numbers of each row of attention's scores: the logarithm of its sum, and what its softmax takes off dp."""
+
+import triton
+import triton.language as tl
+
+from retainops.kernels.attention import chunk, keys_seen, scores, whereabouts
+from retainops.kernels.elementary import log
+from retainops.kernels.unary import exp
+
+
+@triton.jit
+def lse_kernel(
+    X,
+    LSE,
+    D: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    CH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SKIPS: tl.constexpr,
+):
+    """lse of BLOCK_M queries; 0 of a query that sees no key."""
+    b, h, m = whereabouts(X, X.queries, BLOCK_M)
+    queries, keys = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_N)[None, :]
+    first, last = keys_seen(X, m, BLOCK_M, BLOCK_N, SKIPS)
+    top = tl.full((BLOCK_M, 1), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M, 1), tl.float32)
+    qk = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for step in range(first * CHUNKS, last * CHUNKS):
+        n, c = step // CHUNKS * BLOCK_N, step % CHUNKS * CH
+        q = chunk(X.q, b, h, m, X.queries, c, D - c, D % CH == 0, CH, BLOCK_M)
+        k = chunk(X.k, b, h // X.group, n, X.keys, c, D - c, D % CH == 0, CH, BLOCK_N)
+        qk = tl.dot(q, tl.trans(k), qk, input_precision="ieee")
+        if step % CHUNKS == CHUNKS - 1:
+            s = scores(qk, X, (b, h, m, n, queries, keys))
+            s = tl.where(keys < X.keys - n, s, float("-inf"))
+            higher = tl.maximum(top, tl.max(s, axis=1, keep_dims=True))
+            base = tl.where(higher == float("-inf"), 0.0, higher)
+            total = total * exp(top - base) + tl.sum(exp(s - base), axis=1, keep_dims=True)
+            top = higher
+            qk = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    lse = tl.where(total == 0.0, 0.0, top + log(total))
+    first = (b.to(tl.int64) * X.heads + h) * X.queries + m
+    tl.store(LSE + first + queries, lse, mask=queries < X.queries - m)
+
+
+@triton.jit
+def delta_kernel(X, OUT, DELTA, DV: tl.constexpr, CHUNKS: tl.constexpr, CH: tl.constexpr, BLOCK_M: tl.constexpr):
+    """delta of BLOCK_M queries, from o."""
+    b, h, m = whereabouts(X, X.queries, BLOCK_M)
+    queries = tl.arange(0, BLOCK_M)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    for i in range(CHUNKS):
+        c = i * CH
+        o = chunk(OUT, b, h, m, X.queries, c, DV - c, DV % CH == 0, CH, BLOCK_M).to(tl.float32)
+        do = chunk(X.do, b, h, m, X.queries, c, DV - c, DV % CH == 0, CH, BLOCK_M).to(tl.float32)
+        total += tl.sum(o * do, axis=1)
+    first = (b.to(tl.int64) * X.heads + h) * X.queries + m
+    tl.store(DELTA + first + queries, total, mask=queries < X.queries - m)

@@ -1,0 +1,157 @@
+"""Attention's output with an ear: the identity, whose backward answers what was asked of the scores.
+
+The gradients of q, k and v are none of its business: they are made by what made the output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from retainops import dispatch
+from retainops.ops import _fused
+from retainops.ops._asked import Asked, Call, answers, cast, scores_of
+from retainops.ops._scores import Wanted
+from retainops.part import Part
+from retainops.registry import Op
+from retainops.relevance import Relevance
+from retainops.slots import Slot
+from retainops.stats import Stats
+
+Tensor = torch.Tensor
+LSE = {
+    "ScaledDotProductFlashAttentionForCpuBackward0": "_saved_logsumexp",
+    "ScaledDotProductFlashAttentionBackward0": "_saved_logsumexp",
+    "ScaledDotProductEfficientAttentionBackward0": "_saved_log_sumexp",
+}
+"""The nodes that keep a natural logarithm, and under which name."""
+POINTS = ("s", "p")
+"""Of the op's points, those that do not exist."""
+
+
+class Ear(torch.autograd.Function):
+    """The identity on an output. Inputs of attention are inputs of it for the sake of second derivatives alone.
+
+    Those are the reference's: then no gradient goes to the output, and so to the node that made it, but to its inputs
+    directly.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        op: Op,
+        call: Call,
+        slots: Mapping[str, Slot],
+        kernels: bool,
+        o: Tensor,
+        lse: Tensor | None,
+        *args: Any,
+    ) -> Tensor:
+        tensors, leaves = args[:4], dict(zip(POINTS, args[4:], strict=True))
+        ctx.op, ctx.call, ctx.slots, ctx.kernels = op, call, slots, kernels
+        ctx.leaves = {name: leaf for name, leaf in leaves.items() if leaf is not None}
+        ctx.autocast = _fused.autocast_here(o.device.type)
+        ctx.casts = torch.is_autocast_enabled(o.device.type)
+        ctx.set_materialize_grads(False)
+        ctx.dtype = o.dtype
+        ctx.save_for_backward(*tensors, o if kernels else None, lse)
+        return o.view_as(o)
+
+    @staticmethod
+    def backward(ctx: Any, do: Tensor | None) -> tuple[Tensor | None, ...]:
+        *tensors, o, lse = ctx.saved_tensors
+        none, needs = (None,) * 4, ctx.needs_input_grad
+        if do is None:  # no gradient arrives: none leaves, as in eager
+            return (None,) * len(needs)
+        if torch.is_grad_enabled() or dispatch.transformed() or not dispatch.dense(do):
+            with ctx.autocast():  # whatever is in force around this backward
+                inputs = (*tensors, 0.0, *ctx.call)
+                needed = (*needs[6:10], *[False] * (len(inputs) - 4))
+                found = _fused.through_reference(ctx.op, inputs, needed, ctx.slots, ctx.leaves, (do,))
+            return *none, None, None, *found[:4], *found[len(inputs) :][: len(POINTS)]
+        leaves = {name: ctx.leaves[name] for name, need in zip(POINTS, needs[10:], strict=True) if need}
+        tensors = cast(tensors, ctx.dtype, ctx.casts)
+        with torch.autocast(do.device.type, enabled=False):
+            kept = _hear(ctx.op.name, ctx.call, tensors, do, o, lse, ctx.slots, leaves, ctx.kernels)
+        return *none, do, None, None, None, None, None, *(kept.get(name) for name in POINTS)
+
+
+def listen(
+    op: Op,
+    call: Call,
+    o: Tensor,
+    tensors: Sequence[Tensor | None],
+    slots: Mapping[str, Slot],
+    kernels: bool,
+    lse: Tensor | None,
+) -> Tensor:
+    """An output of attention of (q, k, v, mask), such that its backward answers what slots ask of s and p."""
+    k = tensors[1]
+    assert k is not None
+    shape = torch.Size((*o.shape[:-1], k.shape[-2]))
+    leaves = [slots[name].bind(op.name, shape, o.dtype, o.device) if name in slots else None for name in POINTS]
+    return Ear.apply(op, call, slots, kernels, o, lse, *tensors, *leaves)
+
+
+def _hear(
+    op: str,
+    call: Call,
+    tensors: Sequence[Tensor | None],
+    do: Tensor,
+    o: Tensor | None,
+    lse: Tensor | None,
+    slots: Mapping[str, Slot],
+    leaves: Mapping[str, Tensor],
+    kernels: bool,
+) -> dict[str, Tensor | None]:
+    """What to return to autograd for each slot, once it has all it asked for."""
+    scores, k = scores_of(call, tensors, do, o, lse), tensors[1]
+    assert k is not None
+    shape = torch.Size((*do.shape[:-1], k.shape[-2]))
+    given = {name: slots[name].answer(op, leaf.shape, leaf.dtype, leaf.device) for name, leaf in leaves.items()}
+    asked = {name: asked_of(op, slots[name], shape, answer.tensor, answer.accumulate) for name, answer in given.items()}
+    found = answers(scores, shape, asked.get("s"), asked.get("p"), kernels)
+    for name, parts in zip(POINTS, found, strict=True):
+        if name in leaves:
+            slots[name].written()
+            if parts:
+                slots[name].merge(parts, leaves[name])
+    return {name: answer.returned for name, answer in given.items()}
+
+
+def asked_of(op: str, slot: Slot, shape: torch.Size, tensor: Tensor | None, accumulate: bool) -> Asked:
+    """What a slot asks of its point, of this shape."""
+    want = slot.want
+    wanted = Wanted(tensor, accumulate)
+    if isinstance(want, Stats):
+        wanted = wanted._replace(parts=want.parts, over=want.over)
+    if isinstance(want, Relevance):
+        wanted = wanted._replace(relevance=want.names)
+    return Asked(wanted, want.resolve(op, slot.name, shape) if isinstance(want, Part) else ())
+
+
+def lse_of(o: Tensor) -> Tensor | None:
+    """The logarithm of each row's sum, (B, H, Nq), of the node that made an output; None if it keeps none."""
+    if _hooked():
+        return None  # to look at it would undo what the hooks are there for
+    node = o.grad_fn
+    if node is not None and type(node).__name__ == "SliceBackward0":  # of heads that were padded
+        node = node.next_functions[0][0]
+    name = LSE.get(type(node).__name__)
+    return None if name is None else _normal(getattr(node, name), o)
+
+
+def _normal(lse: Tensor, o: Tensor) -> Tensor | None:
+    if o.dim() != 4 or lse.dtype != torch.promote_types(o.dtype, torch.float32):
+        return None
+    b, h, n, _ = o.shape
+    lse = lse.detach().reshape(b, h, -1)[..., :n]  # one kernel pads the rows
+    return lse.masked_fill(lse.isinf(), 0.0)  # what one says of a row that sees no key
+
+
+def _hooked() -> bool:
+    """Whether saved tensors are packed: by checkpointing, or to lie in another memory."""
+    top: Callable[[bool], Any] | None = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return top is None or top(False) is not None

@@ -1,0 +1,590 @@
+"""attention where autograd, autocast, checkpointing or the caller do something out of the ordinary."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import retainops as ro
+from tests.attention_cases import CASES, Case, eager, loss_of, run_eager, truth
+
+Tensor = torch.Tensor
+CAUSAL = CASES["causal"]
+SMALL = Case((1, 2, 4, 3), (1, 2, 4, 3), (1, 2, 4, 3))
+
+
+def drawn(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+
+
+@pytest.mark.parametrize(
+    ("keywords", "masked"),
+    [
+        ({}, False),
+        ({"is_causal": True}, False),
+        ({}, True),
+        ({"softcap": 1.5}, False),
+        ({"softcap": 2.0, "window": 1}, True),
+    ],
+    ids=str,
+)
+def test_second_derivatives(keywords: dict[str, Any], masked: bool) -> None:
+    """Of the output by its inputs, and of what is retained. (PyTorch's own kernel has none.)"""
+    q, k, v = (drawn(1, 2, 3, 2, seed=i) for i in range(3))
+    mask = drawn(3, 3, seed=3) if masked else None
+    direction = drawn(1, 2, 3, 2, seed=4)
+
+    def outputs(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        return ro.attention(q, k, v, mask, **keywords, retain=ro.Retained("s", "p"))
+
+    def retained(q: Tensor, k: Tensor, v: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
+        kept = ro.Retained("s", "p")
+        o = ro.attention(q, k, v, mask, **keywords, retain=kept)
+        leaves = [kept.s.tensor, kept.p.tensor]
+        return torch.autograd.grad((o * o * direction).sum(), leaves, create_graph=True)
+
+    assert torch.autograd.gradcheck(outputs, (q, k, v, mask), fast_mode=True)
+    assert torch.autograd.gradgradcheck(outputs, (q, k, v, mask), fast_mode=True)
+    assert torch.autograd.gradcheck(retained, (q, k, v, direction), fast_mode=True)
+
+
+@pytest.mark.filterwarnings("ignore:Using backward:UserWarning")
+@pytest.mark.parametrize("name", ["causal", "dead rows"])
+def test_under_create_graph_the_gradients_are_the_same_and_differentiable(name: str, path: Any) -> None:
+    case = CASES[name]
+    q, k, v, mask = case.tensors(torch.float64, path.device)
+    kept = ro.Retained("s", p=ro.Relevance("chefer"))
+    o = ro.attention(q, k, v, mask, is_causal=case.causal, retain=kept)
+    loss_of(o).backward(create_graph=True)
+    true = truth(case, torch.float64, path.device)
+    for x, name in ((q, "q"), (k, "k"), (v, "v")):
+        torch.testing.assert_close(x.grad.detach(), true[name]["grad"])
+    torch.testing.assert_close(kept.s.grad.detach(), true["s"]["grad"])
+    chefer = (true["p"]["value"] * true["p"]["grad"]).relu().mean(1)
+    torch.testing.assert_close(kept.p.chefer, chefer)
+    assert kept.s.grad.requires_grad
+    assert not kept.p.chefer.requires_grad
+    for x in (q, k, v):
+        x.grad = None  # a graph that leads back to itself would leak
+
+
+def test_a_slot_alone_is_differentiated(path: Any) -> None:
+    q, k, v, _ = CAUSAL.tensors(torch.float64, path.device)
+    kept = ro.Retained("p", "o")
+    loss = loss_of(ro.attention(q, k, v, is_causal=True, retain=kept))
+    (grad,) = torch.autograd.grad(loss, kept.p.tensor, retain_graph=True)
+    true = truth(CAUSAL, torch.float64, path.device)
+    torch.testing.assert_close(grad, true["p"]["grad"])
+    (grad,) = torch.autograd.grad(loss, kept.o.tensor, create_graph=True)
+    torch.testing.assert_close(grad.detach(), true["o"]["grad"])
+    assert kept.p.grad is None
+
+
+@pytest.mark.filterwarnings("ignore:Using backward:UserWarning")
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_backward_twice_adds_up(create_graph: bool, path: Any) -> None:
+    q, k, v, _ = CAUSAL.tensors(torch.float64, path.device)
+    kept = ro.Retained(s=ro.Stats("sum", "amax", "l2", over="keys"), p=ro.Relevance("legrad"))
+    whole = ro.Retained("s", p=ro.Part(heads=1))
+    for request in (kept, whole):
+        loss = loss_of(ro.attention(q, k, v, is_causal=True, retain=request))
+        loss.backward(retain_graph=True)
+        loss.backward(create_graph=create_graph)
+        loss_of(ro.attention(q, k, v, is_causal=True, retain=request)).backward()  # a second use
+    true = truth(CAUSAL, torch.float64, path.device)
+    ds, dp = true["s"]["grad"], true["p"]["grad"]
+    torch.testing.assert_close(whole.s.grad.detach(), 3 * ds)
+    torch.testing.assert_close(whole.p.grad.detach(), 3 * dp[:, 1:2])
+    torch.testing.assert_close(kept.s.amax, ds.abs().amax(-2))
+    torch.testing.assert_close(kept.s.l2, (3 * ds.square().sum(-2)).sqrt())
+    torch.testing.assert_close(kept.p.legrad, 3 * dp.relu().mean((1, 2)))
+    kept.reset()
+    assert kept.p.legrad is None
+    for x in (q, k, v):
+        x.grad = None
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("layout", ["dense", "transposed"])
+def test_into_a_buffer(accumulate: bool, layout: str, path: Any) -> None:
+    q, k, v, _ = CAUSAL.tensors(torch.float32, path.device)
+    b, h, n, _ = CAUSAL.q
+    buffers = [torch.full((b, n, h, n), 2.0, device=path.device).transpose(1, 2) for _ in range(2)]
+    if layout == "dense":
+        buffers = [buffer.contiguous() for buffer in buffers]
+    kept = ro.Retained(s=ro.Into(buffers[0], accumulate=accumulate), p=ro.Into(buffers[1], accumulate=accumulate))
+    loss_of(ro.attention(q, k, v, is_causal=True, retain=kept)).backward()
+    true = truth(CAUSAL, torch.float32, path.device)
+    for point, buffer in zip(("s", "p"), buffers, strict=True):
+        torch.testing.assert_close(buffer, (true[point]["grad"] + 2 * accumulate).float(), atol=1e-5, rtol=1e-5)
+        assert kept[point].grad is buffer
+
+
+def test_a_buffer_of_five_dims(path: Any) -> None:
+    q, k, v = (drawn(2, 3, 2, 5, 4, seed=i).detach().to(path.device).requires_grad_() for i in range(3))
+    buffer = torch.ones(3, 2, 2, 5, 5, dtype=torch.float64, device=path.device).transpose(0, 1)
+    kept = ro.Retained(p=ro.Into(buffer, accumulate=True), s=ro.Stats("sum", over="keys"))
+    loss_of(ro.attention(q, k, v, retain=kept)).backward()
+    points = eager(SMALL, q, k, v, None)
+    loss_of(points["o"]).backward()
+    torch.testing.assert_close(buffer, points["p"].grad + 1)
+    torch.testing.assert_close(kept.s.sum, points["s"].grad.sum(-2))
+
+
+@pytest.mark.parametrize(
+    ("q", "k", "v"),
+    [
+        ((5, 4), (6, 4), (6, 3)),
+        ((2, 5, 4), (2, 6, 4), (2, 6, 4)),
+        ((2, 3, 2, 5, 4), (2, 3, 2, 6, 4), (2, 3, 2, 6, 4)),
+        ((2, 1, 5, 4), (1, 3, 6, 4), (3, 6, 4)),
+        ((3, 5, 4), (2, 3, 6, 4), (1, 1, 6, 4)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("softcap", [None, 1.0])
+def test_any_leading_dims(q: Any, k: Any, v: Any, softcap: float | None, path: Any) -> None:
+    """As PyTorch's function: they broadcast."""
+    given = [drawn(*shape, seed=i).detach().to(path.device).requires_grad_() for i, shape in enumerate((q, k, v))]
+    before = torch.broadcast_shapes(q[:-2], k[:-2], v[:-2])
+    for wants in (
+        {"s": None, "p": None, "o": None},
+        {"p": ro.Stats("sum", over="queries"), "s": ro.Part(queries=[2, 0])},
+    ):
+        kept = ro.Retained(*(n for n, w in wants.items() if w is None), **{n: w for n, w in wants.items() if w})
+        o = ro.attention(*given, softcap=softcap, retain=kept)
+        for x in given:
+            x.grad = None
+        loss_of(o).backward()
+        case = Case((), (), (), softcap=softcap)
+        points = eager(case, *(t.expand(*before, *t.shape[-2:]) for t in given), None)
+        theirs = torch.autograd.grad(loss_of(points["o"]), [*given, points["s"], points["p"]])
+        for x, grad in zip(given, theirs, strict=False):
+            torch.testing.assert_close(x.grad, grad)
+        ds, dp = theirs[3:]
+        if "o" in wants:
+            torch.testing.assert_close(kept.s.grad, ds)
+            torch.testing.assert_close(kept.p.grad, dp)
+        else:
+            torch.testing.assert_close(kept.s.grad, ds[..., [2, 0], :])
+            torch.testing.assert_close(kept.p.sum, dp.sum(-1))
+
+
+def test_keys_and_values_of_different_groups(path: Any) -> None:
+    q, k, v = (
+        drawn(*shape).detach().to(path.device).requires_grad_() for shape in ((1, 8, 5, 4), (1, 4, 5, 4), (1, 2, 5, 4))
+    )
+    for softcap in (None, 2.0):
+        kept = ro.Retained("s", p=ro.Part(heads=[7, 2]))
+        loss_of(ro.attention(q, k, v, enable_gqa=True, softcap=softcap, retain=kept)).backward()
+        wide = [t.detach().repeat_interleave(8 // t.shape[1], 1).requires_grad_() for t in (q, k, v)]
+        points = eager(Case((), (), (), softcap=softcap), *wide, None)
+        loss_of(points["o"]).backward()
+        torch.testing.assert_close(kept.s.grad, points["s"].grad)
+        torch.testing.assert_close(kept.p.grad, points["p"].grad[:, [7, 2]])
+
+
+def test_a_gradient_of_one_stored_element(path: Any) -> None:
+    q, k, v, _ = CAUSAL.tensors(torch.float32, path.device)
+    kept = ro.Retained("p", s=ro.Stats("abs_sum"))
+    ro.attention(q, k, v, is_causal=True, retain=kept).sum().backward()
+    points = eager(CAUSAL, *(t.detach().requires_grad_() for t in (q, k, v)), None)
+    points["o"].sum().backward()
+    torch.testing.assert_close(kept.p.grad, points["p"].grad, atol=1e-5, rtol=1e-5)
+
+
+def test_nan_and_infinity_go_where_eager_has_them(path: Any) -> None:
+    q, k, v, _ = CASES["plain"].tensors(torch.float32, path.device)
+    with torch.no_grad():
+        q[0, 1, 3, 2], v[1, 0, 5, 1], k[1, 2, 4, 0] = torch.nan, torch.inf, torch.nan
+    kept = ro.Retained("s", "p")
+    loss_of(ro.attention(q, k, v, retain=kept)).backward()
+    points = eager(CASES["plain"], *(t.detach().requires_grad_() for t in (q, k, v)), None)
+    loss_of(points["o"]).backward()
+    for name in ("s", "p"):
+        assert torch.equal(kept[name].grad.isfinite(), points[name].grad.isfinite()), name
+
+
+def test_no_gradient_leaves_where_none_arrives(path: Any) -> None:
+    q, k, v, _ = CAUSAL.tensors(torch.float32, path.device)
+    kept = ro.Retained("s", "p")
+    o = ro.attention(q, k, v, retain=kept)
+
+    class Stop(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.sum()
+
+        @staticmethod
+        def backward(ctx: Any, _: Tensor) -> None:
+            return None
+
+    Stop.apply(o).backward()
+    assert q.grad is None
+    assert kept.s.grad is None
+    assert kept.p.grad is None
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("masked", [False, True])
+def test_under_autocast_inputs_are_cast_as_pytorch_does(softcap: float | None, masked: bool, path: Any) -> None:
+    q, k, v, mask = CASES["added" if masked else "causal"].tensors(torch.float32, path.device)
+    kept = ro.Retained("s", "p")
+    with torch.autocast(path.device, dtype=torch.bfloat16):
+        o = ro.attention(q, k, v, mask, softcap=softcap, retain=kept)
+        if softcap is None:
+            assert torch.equal(o, F.scaled_dot_product_attention(q, k, v, mask))
+    loss_of(o).backward()
+    narrow = [t.detach().bfloat16().requires_grad_() for t in (q, k, v)]
+    other = ro.Retained("s", "p")
+    again = ro.attention(*narrow, None if mask is None else mask.bfloat16(), softcap=softcap, retain=other)
+    loss_of(again).backward()
+    assert o.dtype == torch.bfloat16
+    assert torch.equal(o, again)
+    for point in ("s", "p"):
+        assert kept[point].grad.dtype == torch.bfloat16
+        assert torch.equal(kept[point].grad, other[point].grad)
+    for x, y in zip((q, k, v), narrow, strict=True):
+        assert x.grad.dtype == torch.float32
+        torch.testing.assert_close(x.grad, y.grad.float(), atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_second_derivatives_remember_autocast(softcap: float | None) -> None:
+    q, k, v, _ = CAUSAL.tensors(torch.float32)
+    kept = ro.Retained("p")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        o = ro.attention(q, k, v, softcap=softcap, retain=kept)
+    (grad,) = torch.autograd.grad(loss_of(o), kept.p.tensor, create_graph=True)
+    assert grad.dtype == torch.bfloat16
+    assert torch.autograd.grad(grad.float().sum(), v)[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("keywords", [{"is_causal": True}, {"softcap": 2.0}], ids=str)
+def test_checkpointing_answers_once(keywords: dict[str, Any], path: Any) -> None:
+    q, k, v, _ = CAUSAL.tensors(torch.float32, path.device)
+    calls = []
+
+    def block(q: Tensor, k: Tensor, v: Tensor, kept: ro.Retained) -> Tensor:
+        calls.append(1)
+        return ro.attention(q * 1.5, k, v, **keywords, retain=kept)
+
+    plain, under = ro.Retained("s", p=ro.Relevance("chefer")), ro.Retained("s", p=ro.Relevance("chefer"))
+    loss_of(block(q, k, v, plain)).backward()
+    expected, q.grad = q.grad, None
+    calls.clear()
+    loss_of(checkpoint(block, q, k, v, under, use_reentrant=False)).backward()
+    assert len(calls) == 2  # forward, and once more in backward
+    assert torch.equal(q.grad, expected)
+    # The kernel's own lse is not looked at under hooks: another one, of the same value.
+    torch.testing.assert_close(under.s.grad, plain.s.grad, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(under.p.chefer, plain.p.chefer, atol=1e-5, rtol=1e-5)
+
+
+def test_saved_tensors_may_lie_elsewhere(path: Any) -> None:
+    q, k, v, _ = CAUSAL.tensors(torch.float32, path.device)
+    kept = ro.Retained("p")
+    with torch.autograd.graph.save_on_cpu():
+        o = ro.attention(q, k, v, is_causal=True, retain=kept)
+    loss_of(o).backward()
+    torch.testing.assert_close(kept.p.grad, truth(CAUSAL, torch.float32)["p"]["grad"].float(), atol=1e-5, rtol=1e-5)
+
+
+def test_an_input_changed_in_place_is_pytorchs_error(path: Any) -> None:
+    q, k, v, _ = CAUSAL.tensors(torch.float32, path.device)
+    k2 = k * 1
+    o = ro.attention(q, k2, v, retain=ro.Retained("p"))
+    k2.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss_of(o).backward()
+
+
+def test_backward_twice_without_its_graph_is_pytorchs_error(path: Any) -> None:
+    q, k, v, _ = CAUSAL.tensors(torch.float32, path.device)
+    loss = loss_of(ro.attention(q, k, v, retain=ro.Retained("p")))
+    loss.backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+def test_batched_gradients(path: Any) -> None:
+    q, k, v, _ = SMALL.tensors(torch.float64, path.device)
+    kept = ro.Retained("p")
+    o = ro.attention(q, k, v, retain=kept)
+    directions = torch.stack([drawn(*o.shape, seed=i).detach() for i in range(3)]).to(path.device)
+    found = torch.autograd.grad(o, [v, kept.p.tensor], directions, is_grads_batched=True, retain_graph=True)
+    for i, direction in enumerate(directions):
+        each = torch.autograd.grad(o, [v, kept.p.tensor], direction, retain_graph=True)
+        for x, y in zip(found, each, strict=True):
+            torch.testing.assert_close(x[i], y)
+
+
+def test_nested_requests_are_each_answered(path: Any) -> None:
+    from retainops.ops.attention import attention_of
+
+    q, k, v, _ = CAUSAL.tensors(torch.float32, path.device)
+    requests = [
+        ro.Retained("s", "o"),
+        ro.Retained(s=ro.Part(heads=0), p=ro.Relevance("legrad")),
+        ro.Retained(p=ro.Stats("l2", over="keys"), o=ro.Stats("l2")),
+    ]
+    alone = [ro.Retained("s", "o"), ro.Retained(s=ro.Part(heads=0), p=ro.Relevance("legrad"))]
+    alone.append(ro.Retained(p=ro.Stats("l2", over="keys"), o=ro.Stats("l2")))
+    loss_of(attention_of((q, k, v, None, 0.0, True, None, False, None, None), requests)).backward()
+    for request, by_itself in zip(requests, alone, strict=True):
+        loss_of(ro.attention(q, k, v, is_causal=True, retain=by_itself)).backward()
+        for name, x in by_itself.state().items():
+            assert torch.equal(request.state()[name], x), name
+
+
+class TestDropout:
+    """Retained scores and probabilities go by the definition. p is before dropout; its gradient has the factors."""
+
+    def test_its_gradients(self, path: Any) -> None:
+        q, k, v, _ = CAUSAL.tensors(torch.float64, path.device)
+        kept = ro.Retained("s", "p", "o")
+        torch.manual_seed(7)
+        loss_of(ro.attention(q, k, v, dropout_p=0.4, is_causal=True, retain=kept)).backward()
+        points = eager(CAUSAL, *(t.detach().requires_grad_() for t in (q, k, v)), None)
+        torch.manual_seed(7)
+        loss_of(F.dropout(points["p"], 0.4) @ v.detach()).backward()
+        torch.testing.assert_close(kept.p.grad, points["p"].grad)
+        torch.testing.assert_close(kept.s.grad, points["s"].grad)
+        if path.device == "cpu":  # where PyTorch's function draws the same numbers
+            torch.manual_seed(7)
+            theirs = F.scaled_dot_product_attention(q, k, v, dropout_p=0.4, is_causal=True)
+            torch.manual_seed(7)
+            torch.testing.assert_close(ro.attention(q, k, v, None, 0.4, True, retain=ro.Retained("p")), theirs)
+        assert (kept.p.grad == 0).double().mean() > 0.2
+
+    def test_other_forms(self) -> None:
+        q, k, v, _ = CAUSAL.tensors(torch.float64)
+        found = []
+        for kept in (ro.Retained("s", "p"), ro.Retained(s=ro.Part(heads=1, keys=[0, 3]), p=ro.Relevance("chefer"))):
+            torch.manual_seed(7)
+            loss_of(ro.attention(q, k, v, dropout_p=0.4, retain=kept)).backward()
+            found.append(kept)
+        whole, forms = found
+        torch.testing.assert_close(forms.s.grad, whole.s.grad[:, 1:, :, [0, 3]])
+        p = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
+        torch.testing.assert_close(forms.p.chefer, (p * whole.p.grad).relu().mean(1).detach())
+
+    def test_the_output_alone_is_pytorchs_function(self, path: Any) -> None:
+        q, k, v, _ = CAUSAL.tensors(torch.float32, path.device)
+        outputs = []
+        for kept in (None, ro.Retained("o")):
+            torch.manual_seed(7)
+            outputs.append(ro.attention(q, k, v, dropout_p=0.4, retain=kept))
+        assert torch.equal(*outputs)
+
+    def test_on_the_kernels_alone_it_is_an_error(self, kernels: Any) -> None:
+        q, k, v, _ = CAUSAL.tensors(torch.float32, kernels.device)
+        with pytest.raises(RuntimeError, match='attention: the backend is "triton".*dropout_p is not 0'):
+            ro.attention(q, k, v, dropout_p=0.4, retain=ro.Retained("p"))
+
+
+def test_copies_of_a_slot_have_its_relevance() -> None:
+    q, k, v, _ = CAUSAL.tensors(torch.float32)
+    kept = ro.Retained(p=ro.Relevance("chefer"), s=ro.Part(heads=0))
+    loss_of(ro.attention(q, k, v, retain=kept)).backward()
+    other = copy.deepcopy(kept)
+    assert torch.equal(other.p.chefer, kept.p.chefer)
+    assert set(kept.state()) == {"p.chefer", "s.grad"}
+    assert "Relevance(chefer)" in repr(kept)
+    assert "Part(heads=0)" in repr(kept)
+
+
+def test_transforms_and_forward_mode() -> None:
+    """Softcap and window through the definition; the rest is PyTorch's own affair."""
+    q, k, v, _ = SMALL.tensors(torch.float64)
+    q, k, v = (t.detach() for t in (q, k, v))
+
+    def capped(q: Tensor) -> Tensor:
+        return ro.attention(q, k, v, softcap=2.0, window=1)
+
+    jacobian = torch.func.jacrev(capped)(q)
+    torch.testing.assert_close(torch.func.jacfwd(capped)(q), jacobian)
+    kept = ro.Retained("p")
+    with pytest.raises(RuntimeError, match=re.escape("attention: retain= inside a torch.func transform")):
+        torch.func.grad(lambda q: ro.attention(q, k, v, retain=kept).sum())(q)
+
+
+ERRORS: list[tuple[Callable[..., Any], type[Exception], str]] = [
+    (lambda q: ro.Retained("x"), KeyError, "attention: unknown point 'x'; its points are: s, p, o"),
+    (
+        lambda q: ro.Retained(s=ro.Relevance("chefer")),
+        ValueError,
+        "point 's' was asked for Relevance(chefer); it is of the",
+    ),
+    (
+        lambda q: ro.Retained(o=ro.Stats("l2", over="keys")),
+        ValueError,
+        "it has no keys: ask for heads or queries of it",
+    ),
+    (lambda q: ro.Retained(o=ro.Part(keys=0)), ValueError, "it has no keys: ask for heads or queries of it"),
+    (lambda q: ro.Retained(p=ro.Part(heads=[0, 2, -3])), IndexError, "attention: Part(heads=[0, 2, -3]) of point 'p'"),
+    (lambda q: ro.Retained(p=ro.Part(queries=33)), IndexError, "33 out of range of its 33 queries; expected -33 to 32"),
+    (lambda q: ro.Retained(p=ro.Into(q.detach())), ValueError, "shares memory with an input"),
+    (lambda q: {"p": 1}, TypeError, "attention: retain is dict; expected retainops.Retained"),
+]
+
+
+@pytest.mark.parametrize(("made", "kind", "said"), ERRORS, ids=[said for *_, said in ERRORS])
+def test_requests_that_cannot_be_answered(made: Any, kind: type[Exception], said: str, path: Any) -> None:
+    q, k, v, _ = CAUSAL.tensors(torch.float32, path.device)
+    with pytest.raises(kind, match=re.escape(said)):
+        ro.attention(q, k, v, retain=made(q))
+
+
+def test_relevance_of_cross_attention_is_legrad_alone(path: Any) -> None:
+    q, k, v, _ = CASES["other keys"].tensors(torch.float32, path.device)
+    for name in ("chefer", "attn_grad"):
+        with pytest.raises(ValueError, match=f"Relevance\\('{name}'\\) of point 'p', of 21 queries and 34 keys"):
+            ro.attention(q, k, v, retain=ro.Retained(p=ro.Relevance("legrad", name)))
+
+
+def test_relevance_and_parts_need_heads() -> None:
+    q = drawn(5, 4)
+    with pytest.raises(ValueError, match=re.escape("expected (..., heads, queries, keys): unsqueeze a dim")):
+        ro.attention(q, q, q, retain=ro.Retained(p=ro.Relevance("legrad")))
+    with pytest.raises(ValueError, match=re.escape("Part(heads=...) of point 'p', which has shape (5, 5)")):
+        ro.attention(q, q, q, retain=ro.Retained(p=ro.Part(heads=0)))
+
+
+def test_without_grad_there_is_nothing_to_retain(path: Any) -> None:
+    q, k, v, _ = CAUSAL.tensors(torch.float32, path.device)
+    for want in (None, ro.Relevance("chefer"), ro.Part(heads=0)):
+        kept = ro.Retained("p") if want is None else ro.Retained(p=want)
+        with torch.no_grad(), pytest.raises(RuntimeError, match="can't retain_grad on point 'p'"):
+            ro.attention(q, k, v, retain=kept)
+        with pytest.raises(RuntimeError, match="can't retain_grad on point 'p'"):
+            ro.attention(q.detach(), k.detach(), v.detach(), retain=kept)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "kind", "said"),
+    [
+        ({"retain": ro.Retained("p"), "nested": True}, RuntimeError, "attention: a nested tensor with retain"),
+        ({"softcap": 0.0}, ValueError, "attention: softcap is 0.0; expected a number above 0"),
+        ({"softcap": "x"}, TypeError, "attention: softcap is str; expected a number above 0"),
+        ({"window": -1}, ValueError, "attention: window is -1; expected numbers of keys to each side, 0 or above"),
+        ({"window": 1.5}, TypeError, "attention: window is 1.5; expected an int, or (left, right)"),
+        ({"window": (1, 2, 3)}, TypeError, "attention: window is (1, 2, 3); expected an int, or (left, right)"),
+        ({"window": 2, "dropout_p": 1.5}, RuntimeError, "dropout probability has to be between 0 and 1"),
+    ],
+    ids=str,
+)
+def test_arguments_that_are_wrong(keywords: dict[str, Any], kind: type[Exception], said: str) -> None:
+    q, k, v, _ = CAUSAL.tensors(torch.float32)
+    if keywords.pop("nested", False):
+        q = torch.nested.nested_tensor(list(q.detach()), layout=torch.jagged)
+    with pytest.raises(kind, match=re.escape(said)):
+        ro.attention(q, k, v, **keywords)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda q: (q, q[:, :1].expand(2, 3, 33, 40), q),
+        lambda q: (q, q.half(), q),
+        lambda q: (q, q[..., :3], q),
+        lambda q: (q, q, q, torch.zeros(3, 3)),
+        lambda q: (q, q, q, torch.zeros(33, 33, dtype=torch.int64)),
+    ],
+)
+@pytest.mark.parametrize("keywords", [{}, {"window": 3}], ids=str)
+def test_what_pytorch_does_not_take_is_its_own_error(wrong: Any, keywords: Any) -> None:
+    q = CAUSAL.tensors(torch.float32)[0]
+    with pytest.raises(RuntimeError) as theirs:
+        F.scaled_dot_product_attention(*(t.detach().to("meta") for t in wrong(q)))
+    with pytest.raises(RuntimeError) as mine:
+        ro.attention(*wrong(q), **keywords, retain=ro.Retained("p"))
+    assert type(mine.value) is type(theirs.value)
+
+
+def test_other_ops_have_no_heads() -> None:
+    x = drawn(3, 4)
+    for want in (ro.Part(heads=0), ro.Relevance("legrad"), ro.Stats("l2", over="heads"), ro.Stats("l2", over="keys")):
+        with pytest.raises(ValueError, match=r"softmax: point 'p' was asked for .*, which is for points of attention"):
+            ro.softmax(x, retain=ro.Retained(p=want))
+
+
+def test_a_point_of_ones_own_can_be_asked_for_all_of_it() -> None:
+    case = CASES["plain"]
+    q, k, v, _ = case.tensors(torch.float64)
+    true = truth(case, torch.float64)
+    for want in (ro.Part(heads=1, queries=[3, 0]), ro.Relevance("chefer", "legrad"), ro.Stats("l2", over="heads")):
+        kept = ro.Retained(p=want)
+        p = ro.point((q @ k.mT * q.shape[-1] ** -0.5).softmax(-1), "p", retain=kept)
+        loss_of(p @ v).backward()
+        of_op = ro.Retained(p=want)
+        loss_of(ro.attention(q, k, v, retain=of_op)).backward()
+        for name, x in of_op.state().items():
+            torch.testing.assert_close(kept.state()[name], x)
+    assert true["p"]["grad"].shape == (2, 3, 37, 37)
+
+
+def test_eager_itself_is_what_the_tests_say() -> None:
+    """The tests' own definition, by PyTorch's function."""
+    for case in (CAUSAL, CASES["dead rows"], CASES["grouped"]):
+        q, k, v, mask = case.tensors(torch.float64)
+        theirs = F.scaled_dot_product_attention(q, k, v, mask, is_causal=case.causal, enable_gqa=case.gqa)
+        torch.testing.assert_close(run_eager(case, torch.float64, torch.float64)["o"]["value"], theirs.detach())
+
+
+@pytest.mark.parametrize(
+    ("made", "kind", "said"),
+    [
+        (lambda: ro.Part(), ValueError, "Part: nothing chosen"),
+        (lambda: ro.Part(heads=1.5), TypeError, "Part: heads is 1.5; expected an int, a slice, or a sequence of ints"),
+        (lambda: ro.Part(keys="01"), TypeError, "Part: keys is '01'; expected an int"),
+        (lambda: ro.Part(queries=[True]), TypeError, "Part: queries is [True]; expected an int"),
+        (lambda: ro.Relevance(), ValueError, "Relevance: nothing asked for; name some of chefer, legrad, attn_grad"),
+        (lambda: ro.Relevance("rollout"), ValueError, "Relevance: unknown relevance 'rollout'"),
+        (lambda: ro.Stats("hist", over="heads"), ValueError, 'Stats: "hist" over heads'),
+        (
+            lambda: ro.Stats("l2", over="head"),
+            ValueError,
+            "Stats: over is 'head'; expected one of tensor, rows, ",
+        ),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_wants_that_are_none(made: Any, kind: type[Exception], said: str) -> None:
+    with pytest.raises(kind, match=re.escape(said)):
+        made()
+
+
+def test_what_was_not_asked_says_how_to_ask() -> None:
+    slot = ro.Retained(p=ro.Relevance("chefer")).p
+    assert slot.chefer is None
+    with pytest.raises(AttributeError, match=re.escape('its relevances are chefer; ask with Relevance("legrad")')):
+        _ = slot.legrad
+    with pytest.raises(AttributeError, match=re.escape('it has no statistics; ask with Relevance("chefer")')):
+        _ = ro.Retained("p").p.chefer
+    assert (
+        repr(ro.Part(heads=[0, 3], queries=-1, keys=slice(2, None, 2))) == "Part(heads=[0, 3], queries=-1, keys=2::2)"
+    )
+    with pytest.raises(ValueError, match="first_nonfinite: nothing tells of p"):
+        ro.Retained(p=ro.Relevance("chefer")).first_nonfinite()
+
+
+def test_tracing_and_fake_tensors_see_pytorchs_own_operations() -> None:
+    q, k, v, _ = CAUSAL.tensors(torch.float32)
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fakes = [mode.from_tensor(t.detach()).requires_grad_() for t in (q, k, v)]
+        for keywords in ({"is_causal": True}, {"softcap": 2.0, "window": 3}):
+            kept = ro.Retained("s", p=ro.Part(heads=0))
+            ro.attention(*fakes, **keywords, retain=kept).sum().backward()
+            assert kept.s.grad.shape == (2, 2, 33, 33)
+            assert kept.p.grad.shape == (2, 1, 33, 33)
+    traced = torch.fx.experimental.proxy_tensor.make_fx(lambda q: ro.attention(q, k, v, softcap=2.0, window=3))(q)
+    torch.testing.assert_close(traced(q), ro.attention(q, k, v, softcap=2.0, window=3))
