@@ -78,7 +78,7 @@ class Slot:
 
     def _connect(self) -> None:
         self._lock = threading.RLock()  # threads may use one slot at once; backward calls come from several anyway
-        self.carrier = parcel.carrier(self.name)
+        self.carrier = parcel.carrier()
         self.carrier.register_post_accumulate_grad_hook(functools.partial(_outside_graphs(), weakref.ref(self)))
 
     def __getstate__(self) -> dict[str, Any]:
