@@ -73,6 +73,7 @@ class Slot:
         self._filled = False  # an Into buffer holds a gradient
         self._may_rebind = False
         self._parts: dict[str, Part] = {}
+        self._reduced_over: set[tuple[int, ...]] = set()  # ranks that the statistics are of, beside this one
         self._arrival: Arrival | None = None
         self._connect()
 
@@ -136,6 +137,7 @@ class Slot:
         self._filled = False
         self._may_rebind = True
         self._parts = {}
+        self._reduced_over = set()
         self._others.clear()
         self._arrival = None
         self.carrier.grad = None
@@ -161,9 +163,9 @@ class Slot:
         if leaf is not None and not self._may_rebind:
             if not self._adds_up(leaf, shape, dtype, device):
                 raise RuntimeError(
-                    f"{op}: point '{self.name}' has shape {tuple(shape)}, {dtype}, on {device} here, but its slot holds "
-                    f"one of shape {tuple(leaf.shape)}, {leaf.dtype}, on {leaf.device}; call reset() on it between the "
-                    "two, or use one Retained for each"
+                    f"{op}: point '{self.name}' has shape {tuple(shape)}, {dtype}, on {device} here, but its slot "
+                    f"holds one of shape {tuple(leaf.shape)}, {leaf.dtype}, on {leaf.device}; call reset() on it "
+                    "between the two, or use one Retained for each"
                 )
             self._others[id(leaf)] = leaf
         if self.want is not None:
