@@ -217,8 +217,10 @@ def test_an_exception_leaves_the_model_alone_and_reads_nothing() -> None:
 def test_a_backward_after_its_step_is_not_the_next_ones() -> None:
     model, x = make()
     with ro.watch(model, every=2) as watcher:
-        late, later = model(x).sum() * 10, model(x[:2]).sum() * 100  # the later of another batch size
-        train(model, x, watcher, 1)
+        later = model(x[:2]).sum() * 100  # of another batch size
+        model(x).sum().backward()
+        late = model(x).sum() * 10
+        watcher.step()
         late.backward()
         train(model, x, watcher, 1)
         later.backward()
