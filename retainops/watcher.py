@@ -40,7 +40,7 @@ class Watcher:
         self.number, self.every = start, every
         self.latest: tuple[int, Readings] | None = None
         self._asked, self._sinks, self._on_nonfinite, self._group = asked, sinks, on_nonfinite, group
-        self._asking = self._closed = False
+        self._begun = self._asking = self._closed = False
         self._handles: list[Any] = []
         self.begin()
 
@@ -58,11 +58,12 @@ class Watcher:
             NonFiniteGradient: a gradient has an inf or a nan. The sinks were called before. The model is asked nothing
                 until the next `begin()`, or `step()`.
         """
-        self.end()
+        self._over()
         self.begin()
 
     def begin(self) -> None:
         """Ask the model if it is this step's turn. Begun already: nothing happens."""
+        self._begun = True
         if not self._asking and not self._closed and self.number % self.every == 0:
             self.kept.reset()
             self._asked.on()
@@ -71,13 +72,18 @@ class Watcher:
     def end(self) -> None:
         """Cease to ask, read what came if the model was asked, and count the step.
 
-        What runs until `begin()` is in no step: an evaluation, say.
+        What runs until `begin()` is in no step: an evaluation, say. Ended already: nothing happens.
 
         Raises:
             NonFiniteGradient: as of `step`.
         """
+        if self._begun:
+            self._over()
+
+    def _over(self) -> None:
         asking, number = self._asking, self.number
         self.number += 1
+        self._begun = False
         if asking:
             self._cease()
             try:
@@ -102,11 +108,11 @@ class Watcher:
 
         def before(_optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if not _has_closure(args, kwargs):
-                self.end()
+                self._over()
 
         def after(_optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if _has_closure(args, kwargs):
-                self.end()
+                self._over()
             self.begin()
 
         self._handles += [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
@@ -221,9 +227,7 @@ def watch(
         if not isinstance(want, Stats):
             raise TypeError(f'watch: a want is {type(want).__name__}; expected Stats, such as Stats("l2", "nonfinite")')
         if group is not None and want.over == "rows":
-            raise ValueError(
-                "watch: statistics over rows are each rank's own; leave out group or take another over"
-            )
+            raise ValueError("watch: statistics over rows are each rank's own; leave out group or take another over")
     asked = Asked("watch", model, patterns, stats)
     return Watcher(asked, every, sinks, on_nonfinite, _group(group), start)
 

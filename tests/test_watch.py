@@ -170,6 +170,7 @@ def test_an_evaluation_between_end_and_begin_is_in_no_step() -> None:
     with ro.watch(model, every=1) as watcher:
         model(x).sum().backward()
         watcher.end()
+        watcher.end()  # ended already
         assert not requests_in(model)
         assert watcher.number == 1
         (model(x) * 100).sum().backward()
