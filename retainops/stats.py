@@ -159,6 +159,8 @@ def parts_of(wanted: tuple[str, ...], over: str, g: torch.Tensor, value: torch.T
         if name == "count":
             return count(g, over)
         if name == "nonfinite":
+            if dims and not torch.compiler.is_compiling():  # where it would be no part of a fused loop
+                return torch.count_nonzero(wide - wide, dims)  # 0 where finite, nan elsewhere: a fifth of the time
             return add_up((~wide.isfinite()).to(torch.int64))
         return hist(wide)
 

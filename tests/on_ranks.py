@@ -217,6 +217,15 @@ def case_dtensor_partial() -> Any:
     return {"l2": kept.c.l2, "amax": kept.c.amax, "grad": kept.c.grad.full_tensor()}
 
 
+def case_dtensor_into() -> Any:
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    x, buffer = (distribute_tensor(t, mesh(), [Shard(2)]) for t in (uneven(), torch.full((5, 3, 7), 9.0)))
+    kept = ro.Retained(c=ro.Into(buffer))
+    ro.mul_sin(x.requires_grad_(), 2.0, retain=kept).sum().backward()
+    return {"buffer": buffer.full_tensor(), "same": kept.c.grad is buffer}
+
+
 def case_dtensor_compiled() -> Any:
     from torch.distributed.tensor import Shard, distribute_tensor
 

@@ -151,6 +151,12 @@ def test_a_dtensor_whose_shards_are_still_to_be_added_up(ranks: list[dict[str, A
         assert torch.equal(got["grad"], torch.full((2, 3), float(whole)))
 
 
+def test_into_a_buffer_that_is_a_dtensor(ranks: list[dict[str, Any]]) -> None:
+    for got in results(ranks, "dtensor_into"):
+        torch.testing.assert_close(got["buffer"], torch.cos(2 * on_ranks.uneven()))
+        assert got["same"]
+
+
 def test_dtensors_in_compiled_code(ranks: list[dict[str, Any]]) -> None:
     x, kept = on_ranks.uneven().requires_grad_(), ro.Retained(c=ro.Stats("l2", "amax", "nonfinite", "hist"))
     ro.mul_sin(x, 2.0, retain=kept).sum().backward()
