@@ -44,9 +44,9 @@ class CompiledTap(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, carrier: torch.Tensor, point: str, names: tuple[str, ...], over: str, part: Places
+        ctx: Any, x: torch.Tensor, carrier: torch.Tensor, op: str, names: tuple[str, ...], over: str, part: Places
     ) -> torch.Tensor:
-        ctx.point, ctx.names, ctx.over, ctx.part = point, names, over, part
+        ctx.op, ctx.names, ctx.over, ctx.part = op, names, over, part
         ctx.takes_value = not TAKE_VALUE.isdisjoint(names)
         if ctx.takes_value:
             ctx.save_for_backward(x)
@@ -60,7 +60,7 @@ class CompiledTap(torch.autograd.Function):
         if "dense" in ctx.names:
             # What a slot holds is its own; Inductor stores it from the same loop.
             parts.insert(0, picked(grad, ctx.part) if ctx.part else grad.clone())
-        return grad, parcel.pack(ctx.point, ctx.names, *parts), None, None, None, None
+        return grad, parcel.pack(ctx.op, ctx.names, *parts), None, None, None, None
 
 
 def tap(
@@ -81,7 +81,8 @@ def tap(
             slot.want.check(op, slot.name, value.shape, value.dtype, value.device)
         if isinstance(slot.want, Part):
             part = slot.want.resolve(op, slot.name, value.shape)
-        return CompiledTap.apply(value, slot.carrier, slot.name, slot.parts, over, part)
+        # No name of the point: a graph with one is for one layer of a model alone.
+        return CompiledTap.apply(value, slot.carrier, op, slot.parts, over, part)
     if leaf is None:
         leaf = slot.bind(op, value.shape, value.dtype, value.device)
     return Tap.apply(value, leaf if view is None else view, leaf, slot, op)

@@ -7,6 +7,7 @@ the statistic when it is read. So a statistic speaks of all gradient values that
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -14,6 +15,7 @@ from typing import NamedTuple
 import torch
 
 from retainops.relevance import KINDS
+from retainops.shards import alike, is_dtensor, on_shards, parts_of_shards, together
 
 HIST_BINS = 256
 """Bin i counts the elements with 2**(i - 127) <= |g| < 2**(i - 126): the exponent field of float32. Bin 0 holds zeros
@@ -155,6 +157,9 @@ def parts_of(wanted: tuple[str, ...], over: str, g: torch.Tensor, value: torch.T
         g: the gradient, any real dtype.
         value: the interior's value; needed for those of `TAKE_VALUE` alone.
     """
+    if is_dtensor(g):
+        dims, shape = reduced_dims(over, g.dim()), Stats("l2", over=over).shape(g.shape)
+        return parts_of_shards(wanted, functools.partial(parts_of, wanted, over), g, value, dims, shape)
     wide = g.to(torch.promote_types(g.dtype, torch.float32))
     dims = reduced_dims(over, g.dim())
 
@@ -176,6 +181,8 @@ def parts_of(wanted: tuple[str, ...], over: str, g: torch.Tensor, value: torch.T
         if name == "count":
             return count(g, over)
         if name == "nonfinite":
+            if dims and not torch.compiler.is_compiling():  # where it would be no part of a fused loop
+                return torch.count_nonzero(wide - wide, dims)  # 0 where finite, nan elsewhere: a fifth of the time
             return add_up((~wide.isfinite()).to(torch.int64))
         if name in KINDS:
             return KINDS[name].of(wide, None if value is None else value.to(wide.dtype))
@@ -226,8 +233,8 @@ Part = torch.Tensor | Shared
 
 
 def total(part: Part) -> torch.Tensor:
-    """A part, whatever it is kept as."""
-    return part.total() if isinstance(part, Shared) else part
+    """A part, whatever it is kept as. That of a DTensor is put together from all ranks of its mesh: all must ask."""
+    return part.total() if isinstance(part, Shared) else together(part)
 
 
 def merge(point: str, old: Mapping[str, Part], new: Mapping[str, Part]) -> dict[str, Part]:
@@ -242,4 +249,10 @@ def merge(point: str, old: Mapping[str, Part], new: Mapping[str, Part]) -> dict[
                 f"point '{point}': statistics of shape {tuple(part.shape)} do not merge with those of shape "
                 f"{tuple(old[name].shape)} from another gradient; call reset() on the slot between the two"
             )
-    return {name: MERGE[name](total(old[name]), total(part)) if name in old else part for name, part in new.items()}
+    return {name: _merged(name, old[name], part) if name in old else part for name, part in new.items()}
+
+
+def _merged(name: str, old: Part, new: Part) -> Part:
+    if isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor) and alike(old, new):
+        return on_shards(MERGE[name], old, new)
+    return MERGE[name](total(old), total(new))

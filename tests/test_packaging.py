@@ -18,17 +18,21 @@ FLOORS = [
     "_version",
     "relevance",
     "part",
+    "shards",
     "stats",
     "parcel",
     "buffers",
     "slots",
+    "ranks",
     "retained",
+    "readings",
+    "nonfinite",
     "samples",
     "registry",
     "points",
     "dispatch",
 ]
-FLOORS += ["ops", "pointwise", "fuse", "nn", "models", "testing", "integrations", "cli"]
+FLOORS += ["ops", "pointwise", "fuse", "nn", "models", "watcher", "testing", "integrations", "cli"]
 
 
 def imports(file: Path) -> set[str]:
