@@ -4,7 +4,7 @@ from retainops import nn, pointwise
 from retainops._version import __version__
 from retainops.buffers import Into
 from retainops.dispatch import backend, explain
-from retainops.fuse import fuse_pointwise
+from retainops.elementwise import fuse_pointwise
 from retainops.models import points, retain
 from retainops.ops.chains import bias_dropout_add, mish, scale_shift, siren, softcap, squared_relu
 from retainops.ops.cross_entropy import cross_entropy

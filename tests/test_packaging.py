@@ -26,7 +26,7 @@ FLOORS = [
     "points",
     "dispatch",
 ]
-FLOORS += ["ops", "pointwise", "fuse", "nn", "models", "testing", "integrations", "cli"]
+FLOORS += ["ops", "pointwise", "elementwise", "nn", "models", "fusing", "testing", "integrations", "cli"]
 
 
 def imports(file: Path) -> set[str]:
