@@ -5,6 +5,7 @@ from retainops._version import __version__
 from retainops.buffers import Into
 from retainops.dispatch import backend, explain
 from retainops.elementwise import fuse_pointwise
+from retainops.fusing import fuse, fuse_rule, unfuse
 from retainops.models import points, retain
 from retainops.ops.chains import bias_dropout_add, mish, scale_shift, siren, softcap, squared_relu
 from retainops.ops.cross_entropy import cross_entropy
@@ -48,7 +49,9 @@ __all__ = [
     "bias_gelu",
     "cross_entropy",
     "explain",
+    "fuse",
     "fuse_pointwise",
+    "fuse_rule",
     "geglu",
     "glu",
     "group_norm",
@@ -76,6 +79,7 @@ __all__ = [
     "softmax",
     "squared_relu",
     "swiglu",
+    "unfuse",
 ]
 
 

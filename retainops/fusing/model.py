@@ -1,0 +1,181 @@
+"""`ro.fuse` and `ro.unfuse`: from the rules' verdicts on each module to a changed model, and back."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+
+from retainops.fusing import rules as _rules  # noqa: F401 - registers them
+from retainops.fusing._classes import Fused, become, fused_class, is_fused, restore, why_not
+from retainops.fusing._code import Site, sites_of
+from retainops.fusing.parts import FUNCTION
+from retainops.fusing.registry import RULES, Change, Rule
+from retainops.fusing.table import Row, Table
+from retainops.nn.point import HoldsPoints
+from retainops.retained import listed
+
+
+def fuse(model: nn.Module, *, rules: Sequence[Rule | str] | None = None) -> Table:
+    """Replace what a model computes by the ops of retainops, where a rule knows it: in place, and reversibly.
+
+    The modules stay the objects that they are, with their parameters, names and hooks; their classes become subclasses
+    of their classes. State dicts are the same before and after. `ro.retain(model, ...)` then reaches the interiors,
+    which `ro.points(model)` lists, and `ro.unfuse(model)` gives every module its own class back.
+
+    What is not known for certain is left as it is. A model that is fused already is not changed.
+
+    Args:
+        model: any module: of torch.nn, of transformers, of timm, or of your own; compiled or not.
+        rules: which rules, by name or as `ro.fuse_rule` gives them; None: every one that is registered.
+
+    Returns:
+        A table of `Row`s, one for each place: what is there now, or why it was left.
+
+    Raises:
+        TypeError: `model` is not a module.
+        KeyError: there is no rule of a name; the message lists them.
+
+    Example:
+        >>> print(ro.fuse(model))
+        >>> with ro.retain(model, "model.layers.*.mlp.act", ro.Stats("l2")) as kept:
+        ...     model(input_ids, labels=labels).loss.backward()
+    """
+    model = _checked("fuse", model)
+    chosen = _chosen(rules)
+    undo: list[Callable[[], Any]] = []
+    rows: list[Row] = []
+    places = {module: name for name, module in model.named_modules()}
+    try:
+        done = {module: _by_kind(name, module, chosen, rows, undo) for module, name in places.items()}
+        for module, name in places.items():
+            if done[module]:
+                _by_code(name, module, chosen, rows, undo)
+    except BaseException:  # wholly, or not at all
+        for step in reversed(undo):
+            step()
+        raise
+    order = {name: i for i, name in enumerate(places.values())}
+    return Table(f"{type(model).__name__}, fused", sorted(rows, key=lambda row: order[row.name]))
+
+
+def unfuse(model: nn.Module) -> Table:
+    """Undo `ro.fuse`: every module is what it was. It works on copies of a fused model, too.
+
+    Args:
+        model: a fused model, or one of its modules.
+
+    Returns:
+        A table of what was restored, and of what could not be.
+
+    Raises:
+        TypeError: `model` is not a module.
+        RuntimeError: it is inside a `with ro.retain(model, ...)`.
+
+    Example:
+        >>> ro.fuse(model)
+        >>> ro.unfuse(model)
+    """
+    model = _checked("unfuse", model)
+    modules = list(model.named_modules())
+    if any(isinstance(m, HoldsPoints) and m._requests for _, m in modules):
+        raise RuntimeError("unfuse: ro.retain(model, ...) holds requests in its modules; unfuse after that `with`")
+    rows = []
+    for name, module in modules:
+        kind = type(module).__name__
+        vars(module).pop(FUNCTION, None)
+        if is_fused(module):
+            restore(module)
+            rows.append(Row(name, kind, "restored"))
+        elif isinstance(module, Fused):
+            rows.append(Row(name, kind, None, "something made another class of its class since; undo that first"))
+        for rule in RULES.values():
+            if (op := rule.undone(module)) is not None:
+                rows.append(Row(name, kind, f"restored, from {op}"))
+    return Table(f"{type(model).__name__}, unfused", rows)
+
+
+def _checked(function: str, model: Any) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{function}: model is {type(model).__name__}; expected a torch.nn.Module")
+    return getattr(model, "_orig_mod", model)  # what torch.compile wrapped
+
+
+def _chosen(rules: Sequence[Rule | str] | None) -> list[Rule]:
+    if rules is None:
+        return list(reversed(RULES.values()))
+    for rule in rules:
+        if not isinstance(rule, Rule) and rule not in RULES:
+            raise KeyError(f"fuse: no rule is called {rule!r}; there are: {listed(RULES)}")
+    return [rule if isinstance(rule, Rule) else RULES[rule] for rule in rules]
+
+
+def _by_kind(name: str, module: Any, rules: list[Rule], rows: list[Row], undo: list[Callable[[], Any]]) -> bool:
+    """Ask the rules for modules as a whole; whether its methods are still its own, to be asked about."""
+    kind = type(module).__name__
+    if isinstance(module, HoldsPoints):
+        if isinstance(module, Fused):
+            rows.append(Row(name, kind, None, "already fused"))
+        return False
+    for rule in (r for r in rules if not r.patterns):
+        verdict = rule.decide(module)
+        if verdict is None:
+            continue
+        reason = verdict if isinstance(verdict, str) else None
+        if isinstance(verdict, type):
+            reason = why_not(module)
+        if reason is not None:
+            rows.append(Row(name, kind, None, reason))
+        elif isinstance(verdict, Change):
+            verdict.apply()
+            undo.append(functools.partial(rule.undone, module))
+            rows.append(Row(name, kind, verdict.op))
+        else:
+            become(module, (verdict,), ())
+            undo.append(functools.partial(restore, module))
+            rows.append(Row(name, kind, verdict.op.name))
+            return False
+        break
+    return True
+
+
+def _by_code(name: str, module: nn.Module, rules: list[Rule], rows: list[Row], undo: list[Callable[[], Any]]) -> None:
+    """Ask the rules for code about each place in its methods."""
+    cls, kind = type(module), type(module).__name__
+    parts: list[type[HoldsPoints]] = []
+    sites: tuple[Site, ...] = ()
+    adopted: list[tuple[Any, dict[str, str]]] = []
+    found: list[Row] = []
+    for rule, pattern in ((rule, pattern) for rule in rules for pattern in rule.patterns):
+        for site in sites_of(cls, pattern, sites):
+            given = dict(site.attributes)
+            names = {name: given[name] for name in inspect.signature(rule.decide).parameters if name in given}
+            verdict = rule.decide(module, **names)  # type: ignore[call-arg]
+            label = f"{rule.name}({', '.join(names.values())})" if names else rule.name
+            if verdict is None:
+                continue
+            reason = verdict if isinstance(verdict, str) else why_not(module)
+            if reason is None and verdict in parts and not getattr(verdict, "many", False):
+                reason = "a second of its kind, whose points would have the same names"
+                reason = "a second of its kind, whose points would have the same names"
+            if reason is None:
+                try:
+                    fused_class(cls, (*dict.fromkeys([*parts, verdict]),), (*sites, site))  # type: ignore[arg-type]
+                except (LookupError, TypeError) as error:
+                    reason = str(error)
+            if reason is None:
+                parts, sites = [*dict.fromkeys([*parts, verdict])], (*sites, site)  # type: ignore[list-item]
+                adopted.append((verdict, names))
+            found.append(Row(name, kind, label if reason is None else None, f"{label}: {reason}" if reason else ""))
+    rows += found
+    if not sites:
+        return
+    become(module, tuple(parts), sites)
+    undo.append(functools.partial(restore, module))
+    for part, names in adopted:
+        if hasattr(part, "adopt"):
+            part.adopt(module, **names)
+

@@ -1,0 +1,69 @@
+"""What `ro.fuse` did to a model, as a table."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from retainops.retained import aligned
+
+
+@dataclass(frozen=True)
+class Row:
+    """One place of a model.
+
+    Attributes:
+        name: the module's path; "" is the model itself.
+        kind: the name of its class.
+        op: the op that is there now; None: it was left as it was.
+        why: why it was left; "" where it was not.
+    """
+
+    name: str
+    kind: str
+    op: str | None
+    why: str = ""
+
+
+class Table(Sequence[Row]):
+    """The rows of what was replaced and what was left, in the order of the modules; its repr is a table.
+
+    The repr has one line for rows that differ in their numbers alone, as the layers of a model do.
+
+    Attributes:
+        replaced, left: the rows of each kind.
+    """
+
+    def __init__(self, title: str, rows: Sequence[Row]) -> None:
+        self.title, self._rows = title, tuple(rows)
+
+    @property
+    def replaced(self) -> tuple[Row, ...]:
+        return tuple(row for row in self if row.op is not None)
+
+    @property
+    def left(self) -> tuple[Row, ...]:
+        return tuple(row for row in self if row.op is None)
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+        return self._rows[index]
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __repr__(self) -> str:
+        if not self:
+            return f"{self.title}: nothing that a rule knows"
+        counts: dict[Row, int] = {}
+        for row in self:
+            alike = Row(re.sub(r"(?<![^.])\d+(?![^.])", "*", row.name) or "(the model)", row.kind, row.op, row.why)
+            counts[alike] = counts.get(alike, 0) + 1
+        lines = [
+            (row.name, row.kind, f"left: {row.why}" if row.op is None else row.op, f"{n} times" if n > 1 else "")
+            for row, n in counts.items()
+        ]
+        return "\n".join([f"{self.title}:", *aligned(lines)])
