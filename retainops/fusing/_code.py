@@ -249,6 +249,8 @@ def _compiled(tree: ast.FunctionDef, function: Any) -> FunctionType:
         exec(code, inner.__globals__, made)
     except Exception as error:
         raise LookupError(f"{function.__qualname__} cannot be made again: {error}") from error
-    new = made[tree.name]
-    new.__qualname__ = function.__qualname__
+    new, own = made[tree.name], inspect.unwrap(made[tree.name])
+    # Its defaults are the very objects that the original's are.
+    own.__defaults__, own.__kwdefaults__ = inner.__defaults__, inner.__kwdefaults__
+    own.__qualname__ = new.__qualname__ = function.__qualname__
     return new

@@ -27,14 +27,18 @@ FUNCTIONS: dict[Callable[..., Any], str] = {
 }
 """The name of each function of PyTorch's that has an op, as retainops.ops.pointwise.UNARY has it."""
 
+LIBRARIES = ("torch", "torchvision", "transformers", "timm", "diffusers")
+
 
 @contextlib.contextmanager
 def _alone() -> Iterator[torch.Generator]:
     """Whatever is in force around: gradients, no autocast, CPU tensors, and random numbers that nobody misses."""
-    grads = torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False), torch.device("cpu")
     with contextlib.ExitStack() as stack:
-        for context in grads:
-            stack.enter_context(context)
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.autocast("cpu", enabled=False))
+        stack.enter_context(torch.device("cpu"))
+        stack.enter_context(torch.random.fork_rng(devices=[]))
         yield torch.Generator("cpu").manual_seed(7)
 
 
@@ -42,6 +46,9 @@ def recognised(act: Any) -> str | None:
     """The name of the function that an activation computes, of those that ops have; None: another, or not one alone."""
     if not isinstance(act, nn.Module):
         return FUNCTIONS.get(act)
+    # Calls of one that somebody wrote themselves may do more than to return a value.
+    if type(act).__module__.split(".")[0] not in LIBRARIES or "forward" in vars(act):
+        return None
     if any(True for _ in (*act.parameters(), *act.buffers())):
         return None
     with _alone():

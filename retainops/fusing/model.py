@@ -47,13 +47,16 @@ def fuse(model: nn.Module, *, rules: Sequence[Rule | str] | None = None) -> Tabl
     model = _checked("fuse", model)
     chosen = _chosen(rules)
     undo: list[Callable[[], Any]] = []
+    adopt: list[Callable[[], Any]] = []
     rows: list[Row] = []
     places = {module: name for name, module in model.named_modules()}
     try:
         done = {module: _by_kind(name, module, chosen, rows, undo) for module, name in places.items()}
         for module, name in places.items():
             if done[module]:
-                _by_code(name, module, chosen, rows, undo)
+                _by_code(name, module, chosen, rows, undo, adopt)
+        for step in adopt:
+            step()
     except BaseException:  # wholly, or not at all
         for step in reversed(undo):
             step()
@@ -126,7 +129,7 @@ def _by_kind(name: str, module: Any, rules: list[Rule], rows: list[Row], undo: l
             continue
         reason = verdict if isinstance(verdict, str) else None
         if isinstance(verdict, type):
-            reason = why_not(module)
+            reason = why_not(module) or _impossible(type(module), (verdict,), ())
         if reason is not None:
             rows.append(Row(name, kind, None, reason))
         elif isinstance(verdict, Change):
@@ -142,12 +145,18 @@ def _by_kind(name: str, module: Any, rules: list[Rule], rows: list[Row], undo: l
     return True
 
 
-def _by_code(name: str, module: nn.Module, rules: list[Rule], rows: list[Row], undo: list[Callable[[], Any]]) -> None:
+def _by_code(
+    name: str,
+    module: nn.Module,
+    rules: list[Rule],
+    rows: list[Row],
+    undo: list[Callable[[], Any]],
+    adopt: list[Callable[[], Any]],
+) -> None:
     """Ask the rules for code about each place in its methods."""
     cls, kind = type(module), type(module).__name__
     parts: list[type[HoldsPoints]] = []
     sites: tuple[Site, ...] = ()
-    adopted: list[tuple[Any, dict[str, str]]] = []
     found: list[Row] = []
     for rule, pattern in ((rule, pattern) for rule in rules for pattern in rule.patterns):
         for site in sites_of(cls, pattern, sites):
@@ -161,21 +170,24 @@ def _by_code(name: str, module: nn.Module, rules: list[Rule], rows: list[Row], u
             if reason is None and verdict in parts and not getattr(verdict, "many", False):
                 reason = "a second of its kind, whose points would have the same names"
                 reason = "a second of its kind, whose points would have the same names"
-            if reason is None:
-                try:
-                    fused_class(cls, (*dict.fromkeys([*parts, verdict]),), (*sites, site))  # type: ignore[arg-type]
-                except (LookupError, TypeError) as error:
-                    reason = str(error)
+            reason = reason or _impossible(cls, (*dict.fromkeys([*parts, verdict]),), (*sites, site))
             if reason is None:
                 parts, sites = [*dict.fromkeys([*parts, verdict])], (*sites, site)  # type: ignore[list-item]
-                adopted.append((verdict, names))
+                if hasattr(verdict, "adopt"):
+                    adopt.append(functools.partial(verdict.adopt, module, **names))
             found.append(Row(name, kind, label if reason is None else None, f"{label}: {reason}" if reason else ""))
-    rows += found
+    rows += dict.fromkeys(found)  # code may say the same in two branches
     if not sites:
         return
     become(module, tuple(parts), sites)
     undo.append(functools.partial(restore, module))
-    for part, names in adopted:
-        if hasattr(part, "adopt"):
-            part.adopt(module, **names)
 
+
+
+def _impossible(cls: type[nn.Module], parts: Any, sites: tuple[Site, ...]) -> str | None:
+    """Why there can be no such class; None: there is one now."""
+    try:
+        fused_class(cls, parts, sites)
+    except (LookupError, TypeError) as error:
+        return str(error)
+    return None

@@ -16,14 +16,14 @@ from torch.nn.modules import module as torch_module
 from retainops.fusing._classes import become, restore
 from retainops.fusing._probe import FUNCTIONS, recognised
 from retainops.nn.gated import Gated
-from retainops.nn.point import HoldsPoints
+from retainops.nn.point import HoldsPoints, gradients_reach
 from retainops.ops.gated import GATED, PACKED, UNITS
 from retainops.ops.group_norm import GROUP_NORM
 from retainops.ops.norm import ADD_LAYER_NORM, ADD_RMS_NORM, LAYER_NORM, RMS_NORM
 from retainops.ops.rope import ROPE
 from retainops.ops.softmax import LOG_SOFTMAX, SOFTMAX
 from retainops.points import unretained
-from retainops.registry import PointInfo, find
+from retainops.registry import Op, PointInfo, find
 
 Tensor = torch.Tensor
 
@@ -55,29 +55,34 @@ def function_of(act: Any) -> str | None:
 
 
 class Norm(HoldsPoints):
-    """A norm: its op, what it calls it with besides x, and what it does to x first."""
+    """A norm: its op, and what it calls it with besides x."""
 
     def arguments(self, x: Tensor) -> tuple[Any, ...]:
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.call(x, *self.arguments(x))
+        return self.norm_of(self.op, x)
+
+    def norm_of(self, op: Op, *xs: Tensor) -> Any:
+        inputs = *xs, *self.arguments(xs[-1])
+        # The points are made of the xs alone: where these have no gradient, as in a first layer, nor have they.
+        return self.call(*inputs, op=op) if gradients_reach(*xs) else op.call(*inputs)
 
 
 class OfSum(Norm):
     """A norm whose module's parent adds, and has it norm the sum: its points are those of the op of a sum."""
 
-    alone: Any
+    alone: Op
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.call(x, *self.arguments(x), op=self.alone)
+        return self.norm_of(self.alone, x)
 
     def takes_sum(self, x: Tensor) -> bool:
         """Whether x, or a sum of x, goes to the op as it is."""
         return True
 
     def of_sum(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        y, summed = self.call(x, residual, *self.arguments(residual))
+        y, summed = self.norm_of(self.op, x, residual)
         return y, summed
 
 

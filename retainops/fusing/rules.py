@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 import importlib
 import importlib.util
 import inspect
@@ -63,9 +64,10 @@ def undo_lm_loss(module: Any) -> str | None:
     if not isinstance(loss, LMLoss):
         return None
     del module._modules[PATH]
-    del vars(module)["_loss_function"]
-    if loss.was_set is not None:
-        vars(module)["_loss_function"] = loss.was_set
+    if vars(module).get("_loss_function") is loss:  # and not one that was set since
+        del vars(module)["_loss_function"]
+        if loss.was_set is not None:
+            vars(module)["_loss_function"] = loss.was_set
     return "cross_entropy"
 
 
@@ -125,6 +127,8 @@ def rms_norm(module: Any) -> Verdict:
         return f"it overrides the forward of {forwards[1].__name__}"
     if len(list(module.parameters())) + len(list(module.buffers())) != 1 or list(module.children()):
         return "it has more than a weight"
+    if any(step.opname in ("STORE_ATTR", "STORE_GLOBAL") for step in dis.get_instructions(inspect.unwrap(cls.forward))):
+        return "its forward does more than to return a value"
     kinds = (parts.LlamaRMSNorm, parts.GemmaRMSNorm, parts.RMSNorm, parts.T5RMSNorm)
     fits = (kind for kind in kinds if same_norm(module, kind.plain))
     return next(fits, "no norm of retainops computes what it does")
@@ -134,10 +138,11 @@ def rms_norm(module: Any) -> Verdict:
 def quantised(module: Any) -> Verdict:
     """Layers whose weights are not the numbers that they stand for."""
     cls = type(module)
-    weight = next((p for p in module._parameters.values() if p is not None), None)
-    if weight is not None and not (weight.is_floating_point() or weight.is_complex()):
-        return f"its weights are {weight.dtype}"
-    kinds = (cls, type(weight), *map(type, module.children()))
+    weights = [p for p in module._parameters.values() if p is not None]
+    for weight in weights:
+        if not (weight.is_floating_point() or weight.is_complex()):
+            return f"its weights are {weight.dtype}"
+    kinds = (cls, type(weights[0]) if weights else object, *map(type, module.children()))
     if any(_QUANTISES.search(kind.__module__) for kind in kinds[:2]):
         if all(_QUANTISES.search(kind.__module__) for kind in kinds[2:]):
             return f"it is quantised, by {cls.__module__.partition('.')[0]}"
@@ -173,7 +178,7 @@ def rope(module: Any) -> Verdict:
 def add_norm(module: Any, NORM: str, **_: str) -> Verdict:
     """A sum and its norm."""
     fused = getattr(type(getattr(module, NORM, None)), "fused_parts", ())
-    return parts.AddNorm if set(fused) & set(parts.OF_SUM) else None
+    return parts.AddNorm if set(fused) & {*parts.OF_SUM, *parts.OF_SUM.values()} else None
 
 
 @fuse_rule(

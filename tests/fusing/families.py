@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from tests.no_torchvision import import_timm
+
 SIZES = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -62,9 +64,7 @@ def image(name: str, **more: Any) -> Callable[[], dict[str, Any]]:
 
 def _timm(name: str, **options: Any) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
-        import timm
-
-        return timm.create_model(name, pretrained=False, num_classes=5, **options)
+        return import_timm().create_model(name, pretrained=False, num_classes=5, **options)
 
     return build
 
@@ -151,7 +151,7 @@ FAMILIES: dict[str, Family] = {
         {"layer_norm": 9},
     ),
     "torch encoder": Family(_encoder(activation="gelu"), _source, {"layer_norm": 4, "add_norm": 4, "bias_act": 2}),
-    "torch encoder, norm first": Family(_encoder(norm_first=True), _source, {"layer_norm": 4, "add_norm": 2, "bias_act": 2}),
+    "torch encoder, norm first": Family(_encoder(norm_first=True), _source, {"layer_norm": 4, "add_norm": 4, "bias_act": 2}),
 }
 """Of every family, a model small enough for a test."""
 
