@@ -27,7 +27,7 @@ class Nothing(type):
 class Empty(ModuleType):
     """A module of such classes."""
 
-    __path__: list[str] = []
+    __path__ = ()
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):

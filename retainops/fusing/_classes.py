@@ -49,9 +49,7 @@ def _new(*fusion: Any) -> nn.Module:
 
 
 @functools.cache
-def fused_class(
-    original: type[nn.Module], parts: tuple[type[HoldsPoints], ...], sites: tuple[Site, ...]
-) -> type[Fused]:
+def fused_class(original: Any, parts: tuple[type[HoldsPoints], ...], sites: tuple[Site, ...]) -> type[Fused]:
     """The subclass of a class with these parts. It has the same name: libraries look classes up by name."""
     body = {
         "__module__": original.__module__,
@@ -86,7 +84,8 @@ def why_not(module: nn.Module) -> str | None:
 
 def become(module: nn.Module, parts: tuple[type[HoldsPoints], ...], sites: tuple[Site, ...]) -> None:
     """Fuse one module."""
-    module.__class__ = fused_class(type(module), parts, sites)
+    original: Any = type(module)
+    module.__class__ = fused_class(original, parts, sites)
     module.__dict__["_requests"] = ()
 
 

@@ -1,13 +1,13 @@
 """Patterns of code: where a class's methods hold one, and the same methods with something else in its place.
 
-A pattern is Python. In it a name in capitals stands for any expression, `self.NAME` in capitals for any attribute, and
-another name for any variable, the same one throughout; one that starts with "_" must be used nowhere else. The name of a
-function that is called stands for itself.
+A pattern is Python. In it a name in capitals stands for any expression but a literal, `self.NAME` in capitals for any
+attribute, and another name for any variable, the same one throughout; one that starts with "_" must be used nowhere
+else. The name of a function that is called stands for itself.
 """
 
 from __future__ import annotations
-
 import __future__
+
 import ast
 import copy
 import functools
@@ -56,9 +56,9 @@ def bind(pattern: Any, node: Any, found: Found) -> bool:
         return bool(pattern == node)
     if isinstance(pattern, ast.Name) and pattern.id != "self":
         if pattern.id.isupper():
-            return _same(found.setdefault(pattern.id, node), node)
+            return not isinstance(node, ast.Constant) and _same(found.setdefault(pattern.id, node), node)
         return isinstance(node, ast.Name) and found.setdefault(pattern.id, node.id) == node.id
-    if type(pattern) is not type(node):
+    if not _of_one_kind(pattern, node):
         return False
     if isinstance(pattern, ast.Name):
         return bool(pattern.id == node.id)
@@ -69,6 +69,10 @@ def bind(pattern: Any, node: Any, found: Found) -> bool:
         return same and bind(pattern.args, node.args, found) and bind(pattern.keywords, node.keywords, found)
     fields = [f for f in pattern._fields if f not in ("ctx", "type_comment", "kind")]
     return all(bind(getattr(pattern, f), getattr(node, f), found) for f in fields)
+
+
+def _of_one_kind(one: Any, other: Any) -> bool:
+    return type(one) is type(other)
 
 
 def _same(one: ast.AST, other: ast.AST) -> bool:
@@ -98,11 +102,12 @@ class Rewriter(ast.NodeTransformer):
         self.before, self.after = (ast.parse(textwrap.dedent(code)).body for code in (pattern.before, pattern.after))
         self.sites: list[Site] = []
         self.loads = Counter(_loads(method))
+        names = Counter(name for statement in self.before for name in _loads(statement))
+        self.uses = {name: n for name, n in names.items() if name.startswith("_")}
 
-    def at(self, node: ast.AST, found: Found, matched: list[ast.stmt] | None = None) -> bool:
+    def at(self, node: ast.AST, found: Found) -> bool:
         """Note a match; whether it is to be replaced."""
-        here = Counter(name for statement in matched or () for name in _loads(statement))
-        if any(name.startswith("_") and self.loads[found[name]] > here[found[name]] for name in found):
+        if any(self.loads[found[name]] != uses for name, uses in self.uses.items()):
             return False
         place = (node.lineno, node.col_offset)  # type: ignore[attr-defined]
         attributes = tuple((k, v) for k, v in found.items() if isinstance(v, str) and k.isupper())
@@ -130,7 +135,7 @@ class Rewriter(ast.NodeTransformer):
         while i < len(statements):
             found: Found = {}
             window = statements[i : i + n]
-            if bind(self.before, window, found) and self.at(window[0], found, window):
+            if bind(self.before, window, found) and self.at(window[0], found):
                 for new in copy.deepcopy(self.after):
                     new = _Substitute(found).visit(new)
                     yield ast.fix_missing_locations(ast.copy_location(new, window[0]))
@@ -145,7 +150,7 @@ def _loads(node: ast.AST) -> list[str]:
 
 
 @functools.cache
-def sites_of(cls: type, pattern: Pattern, done: tuple[Site, ...] = ()) -> tuple[Site, ...]:
+def sites_of(cls: Any, pattern: Pattern, done: tuple[Site, ...] = ()) -> tuple[Site, ...]:
     """Where the methods of a class hold a pattern, once other sites are done; none where there is no source to read."""
     found: list[Site] = []
     for name, function in _methods(cls).items():
@@ -225,7 +230,8 @@ class _Codes:
 
     @staticmethod
     def key(code: CodeType) -> tuple[Any, ...]:
-        return code.co_name, code.co_firstlineno, code.co_code, code.co_names, code.co_varnames
+        constants = tuple(_Codes.key(c) if isinstance(c, CodeType) else repr(c) for c in code.co_consts)
+        return code.co_name, code.co_firstlineno, code.co_code, code.co_names, code.co_varnames, constants
 
 
 @functools.lru_cache(maxsize=32)

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import retainops.ops.rope as rope_room
 from retainops.ops.pointwise import UNARY
+from retainops.ops.rope import ROPE
 from retainops.points import unretained
 
 FUNCTIONS: dict[Callable[..., Any], str] = {
@@ -71,7 +71,7 @@ def rotates_as_rope(function: Callable[..., Any]) -> bool:
         inputs = [torch.randn(s, generator=generator, dtype=torch.float64, requires_grad=True) for s in shapes]
         try:
             theirs = function(*inputs)
-            ours = rope_room.rope_reference(*inputs, False, False, unretained)
+            ours = ROPE.reference(*inputs, False, False, unretained)
             return _agree(theirs, ours, inputs[:2], generator)
         except Exception:
             return False
@@ -88,18 +88,19 @@ def _agree(theirs: Any, ours: Any, leaves: list[Any], generator: torch.Generator
     return all(torch.allclose(a, b, rtol=rtol, atol=rtol * float(b.detach().abs().max())) for a, b in pairs)
 
 
-def same_norm(module: nn.Module, forward: Callable[[Any, torch.Tensor], torch.Tensor]) -> bool:
+def same_norm(module: Any, forward: Callable[[Any, torch.Tensor], torch.Tensor]) -> bool:
     """Whether a norm whose only parameter is its weight computes what `forward` does, in each mix of dtypes.
 
     Values of 16 bits have to be the same but for one in a hundred: then both round in the same places.
     """
     size = module.weight.numel()
     state = tuple((k, v) for k, v in vars(module).items() if isinstance(v, (int, float, str, bool, type(None))))
-    return _same_norm(type(module), size, state, forward)
+    cls: Any = type(module)
+    return _same_norm(cls, size, state, forward)
 
 
 @functools.cache
-def _same_norm(cls: type[nn.Module], size: int, state: tuple[Any, ...], forward: Callable[..., torch.Tensor]) -> bool:
+def _same_norm(cls: Any, size: int, state: tuple[Any, ...], forward: Callable[..., torch.Tensor]) -> bool:
     with _alone() as generator:
         for x_dtype in (torch.float32, torch.bfloat16, torch.float16):
             for dtype in dict.fromkeys((torch.float32, x_dtype)):

@@ -13,7 +13,7 @@ from retainops.fusing import rules as _rules  # noqa: F401 - registers them
 from retainops.fusing._classes import Fused, become, fused_class, is_fused, restore, why_not
 from retainops.fusing._code import Site, sites_of
 from retainops.fusing.parts import FUNCTION
-from retainops.fusing.registry import RULES, Change, Rule
+from retainops.fusing.registry import RULES, Change, Part, Rule
 from retainops.fusing.table import Row, Table
 from retainops.nn.point import HoldsPoints
 from retainops.retained import listed
@@ -45,24 +45,7 @@ def fuse(model: nn.Module, *, rules: Sequence[Rule | str] | None = None) -> Tabl
         ...     model(input_ids, labels=labels).loss.backward()
     """
     model = _checked("fuse", model)
-    chosen = _chosen(rules)
-    undo: list[Callable[[], Any]] = []
-    adopt: list[Callable[[], Any]] = []
-    rows: list[Row] = []
-    places = {module: name for name, module in model.named_modules()}
-    try:
-        done = {module: _by_kind(name, module, chosen, rows, undo) for module, name in places.items()}
-        for module, name in places.items():
-            if done[module]:
-                _by_code(name, module, chosen, rows, undo, adopt)
-        for step in adopt:
-            step()
-    except BaseException:  # wholly, or not at all
-        for step in reversed(undo):
-            step()
-        raise
-    order = {name: i for i, name in enumerate(places.values())}
-    return Table(f"{type(model).__name__}, fused", sorted(rows, key=lambda row: order[row.name]))
+    return _Fusing(_chosen(rules)).run(model)
 
 
 def unfuse(model: nn.Module) -> Table:
@@ -116,78 +99,99 @@ def _chosen(rules: Sequence[Rule | str] | None) -> list[Rule]:
     return [rule if isinstance(rule, Rule) else RULES[rule] for rule in rules]
 
 
-def _by_kind(name: str, module: Any, rules: list[Rule], rows: list[Row], undo: list[Callable[[], Any]]) -> bool:
-    """Ask the rules for modules as a whole; whether its methods are still its own, to be asked about."""
-    kind = type(module).__name__
-    if isinstance(module, HoldsPoints):
-        if isinstance(module, Fused):
-            rows.append(Row(name, kind, None, "already fused"))
-        return False
-    for rule in (r for r in rules if not r.patterns):
-        verdict = rule.decide(module)
-        if verdict is None:
-            continue
-        reason = verdict if isinstance(verdict, str) else None
-        if isinstance(verdict, type):
-            reason = why_not(module) or _impossible(type(module), (verdict,), ())
-        if reason is not None:
-            rows.append(Row(name, kind, None, reason))
-        elif isinstance(verdict, Change):
-            verdict.apply()
-            undo.append(functools.partial(rule.undone, module))
-            rows.append(Row(name, kind, verdict.op))
-        else:
-            become(module, (verdict,), ())
-            undo.append(functools.partial(restore, module))
-            rows.append(Row(name, kind, verdict.op.name))
+class _Fusing:
+    """One call of `fuse`: what it did so far."""
+
+    def __init__(self, rules: list[Rule]) -> None:
+        self.of_modules = [rule for rule in rules if not rule.patterns]
+        self.of_code = [(rule, pattern) for rule in rules for pattern in rule.patterns]
+        self.rows: list[Row] = []
+        self.undo: list[Callable[[], Any]] = []
+        self.adopt: list[Callable[[], Any]] = []
+
+    def run(self, model: nn.Module) -> Table:
+        places = {module: name for name, module in model.named_modules()}
+        try:
+            open_ones = [module for module, name in places.items() if self.by_kind(name, module)]
+            for module in open_ones:  # once the norms are fused, of which a rule of code asks
+                self.by_code(places[module], module)
+            for step in self.adopt:
+                step()
+        except BaseException:  # wholly, or not at all
+            for step in reversed(self.undo):
+                step()
+            raise
+        order = {name: i for i, name in enumerate(places.values())}
+        return Table(f"{type(model).__name__}, fused", sorted(self.rows, key=lambda row: order[row.name]))
+
+    def by_kind(self, name: str, module: Any) -> bool:
+        """Ask the rules for modules as a whole; whether its methods are still its own, to be asked about."""
+        kind = type(module).__name__
+        if isinstance(module, HoldsPoints):
+            if isinstance(module, Fused):
+                self.rows.append(Row(name, kind, None, "already fused"))
             return False
-        break
-    return True
-
-
-def _by_code(
-    name: str,
-    module: nn.Module,
-    rules: list[Rule],
-    rows: list[Row],
-    undo: list[Callable[[], Any]],
-    adopt: list[Callable[[], Any]],
-) -> None:
-    """Ask the rules for code about each place in its methods."""
-    cls, kind = type(module), type(module).__name__
-    parts: list[type[HoldsPoints]] = []
-    sites: tuple[Site, ...] = ()
-    found: list[Row] = []
-    for rule, pattern in ((rule, pattern) for rule in rules for pattern in rule.patterns):
-        for site in sites_of(cls, pattern, sites):
-            given = dict(site.attributes)
-            names = {name: given[name] for name in inspect.signature(rule.decide).parameters if name in given}
-            verdict = rule.decide(module, **names)  # type: ignore[call-arg]
-            label = f"{rule.name}({', '.join(names.values())})" if names else rule.name
+        for rule in self.of_modules:
+            verdict: Any = rule.decide(module)
             if verdict is None:
                 continue
-            reason = verdict if isinstance(verdict, str) else why_not(module)
-            if reason is None and verdict in parts and not getattr(verdict, "many", False):
-                reason = "a second of its kind, whose points would have the same names"
-                reason = "a second of its kind, whose points would have the same names"
-            reason = reason or _impossible(cls, (*dict.fromkeys([*parts, verdict]),), (*sites, site))
-            if reason is None:
-                parts, sites = [*dict.fromkeys([*parts, verdict])], (*sites, site)  # type: ignore[list-item]
+            if isinstance(verdict, Change):
+                verdict.apply()
+                self.undo.append(functools.partial(rule.undone, module))
+                self.rows.append(Row(name, kind, verdict.op))
+                return True
+            reason = verdict if isinstance(verdict, str) else _why_not(module, (verdict,), ())
+            if reason is not None:
+                self.rows.append(Row(name, kind, None, reason))
+                return True
+            become(module, (verdict,), ())
+            self.undo.append(functools.partial(restore, module))
+            self.rows.append(Row(name, kind, verdict.op.name))
+            return False
+        return True
+
+    def by_code(self, name: str, module: Any) -> None:
+        """Ask the rules for code about each place in its methods."""
+        cls: Any = type(module)
+        kind = cls.__name__
+        parts: tuple[Part, ...] = ()
+        sites: tuple[Site, ...] = ()
+        found: dict[Row, None] = {}  # code may say the same in two branches
+        for rule, pattern in self.of_code:
+            for site in sites_of(cls, pattern, sites):
+                given = dict(site.attributes)
+                names = {n: given[n] for n in inspect.signature(rule.decide).parameters if n in given}
+                verdict: Any = rule.decide(module, **names)
+                if verdict is None:
+                    continue
+                label = f"{rule.name}({', '.join(names.values())})" if names else rule.name
+                more = (*dict.fromkeys((*parts, verdict)),)
+                if isinstance(verdict, str):
+                    reason: str | None = verdict
+                elif verdict in parts and not getattr(verdict, "many", False):
+                    reason = "a second of its kind, whose points would have the same names"
+                else:
+                    reason = _why_not(module, more, (*sites, site))
+                if reason is not None:
+                    found[Row(name, kind, None, f"{label}: {reason}")] = None
+                    continue
+                found[Row(name, kind, label)] = None
+                parts, sites = more, (*sites, site)
                 if hasattr(verdict, "adopt"):
-                    adopt.append(functools.partial(verdict.adopt, module, **names))
-            found.append(Row(name, kind, label if reason is None else None, f"{label}: {reason}" if reason else ""))
-    rows += dict.fromkeys(found)  # code may say the same in two branches
-    if not sites:
-        return
-    become(module, tuple(parts), sites)
-    undo.append(functools.partial(restore, module))
+                    self.adopt.append(functools.partial(verdict.adopt, module, **names))
+        self.rows += found
+        if sites:
+            become(module, parts, sites)
+            self.undo.append(functools.partial(restore, module))
 
 
-
-def _impossible(cls: type[nn.Module], parts: Any, sites: tuple[Site, ...]) -> str | None:
-    """Why there can be no such class; None: there is one now."""
-    try:
-        fused_class(cls, parts, sites)
-    except (LookupError, TypeError) as error:
-        return str(error)
-    return None
+def _why_not(module: Any, parts: Any, sites: tuple[Site, ...]) -> str | None:
+    """Why a module cannot be given these; None: it can."""
+    cls: Any = type(module)
+    reason = why_not(module)
+    if reason is None:
+        try:
+            fused_class(cls, parts, sites)
+        except (LookupError, TypeError) as error:
+            reason = str(error)
+    return reason

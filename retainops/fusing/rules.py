@@ -9,10 +9,9 @@ import inspect
 import re
 from typing import Any
 
-import torch
 from torch import nn
 
-from retainops.fusing import parts
+from retainops.fusing import norms, parts
 from retainops.fusing._probe import recognised, rotates_as_rope, same_norm
 from retainops.fusing.loss import PATH, LMLoss
 from retainops.fusing.registry import Change, Part, fuse_rule
@@ -74,7 +73,7 @@ def undo_lm_loss(module: Any) -> str | None:
 @fuse_rule
 def softmax(module: nn.Module) -> Verdict:
     """torch.nn.Softmax and LogSoftmax."""
-    part = {nn.Softmax: parts.Softmax, nn.LogSoftmax: parts.LogSoftmax}.get(type(module))
+    part = {nn.Softmax: norms.Softmax, nn.LogSoftmax: norms.LogSoftmax}.get(type(module))
     if part is None:
         return _overriding(module, nn.Softmax, nn.LogSoftmax)
     return "it has no dim" if module.dim is None else part
@@ -83,40 +82,41 @@ def softmax(module: nn.Module) -> Verdict:
 @fuse_rule
 def norm(module: Any) -> Verdict:
     """torch.nn's LayerNorm, RMSNorm and GroupNorm, and timm's."""
-    known = {nn.LayerNorm: parts.LayerNorm, nn.RMSNorm: parts.TorchRMSNorm, nn.GroupNorm: parts.GroupNorm}
-    for kind, part in known.items():
+    known = (nn.LayerNorm, norms.LayerNorm), (nn.RMSNorm, norms.TorchRMSNorm), (nn.GroupNorm, norms.GroupNorm)
+    for kind, part in known:
         if isinstance(module, kind):
             if type(module).forward is not kind.forward:
                 return _of_timm(module) or _overriding(module, kind)
-            if len(getattr(module, "normalized_shape", (1,))) != 1:
-                return f"it is over several dims, {tuple(module.normalized_shape)}"
+            shape: Any = getattr(module, "normalized_shape", (1,))
+            if len(shape) != 1:
+                return f"it is over several dims, {tuple(shape)}"
             return part
     return None
 
 
 def _of_timm(module: Any) -> Part | None:
     """timm's own subclasses, whose forward is that of the base unless a flag is set."""
-    known = {
-        "LayerNorm": parts.LayerNorm,
-        "LayerNorm2d": parts.LayerNorm2d,
-        "GroupNorm": parts.GroupNorm,
-        "GroupNorm1": parts.GroupNorm,
+    known: dict[str, Part] = {
+        "LayerNorm": norms.LayerNorm,
+        "LayerNorm2d": norms.LayerNorm2d,
+        "GroupNorm": norms.GroupNorm,
+        "GroupNorm1": norms.GroupNorm,
     }
     cls = type(module)
     return known.get(cls.__name__) if cls.__module__ == "timm.layers.norm" and not module._fast_norm else None
 
 
-def _overriding(module: nn.Module, *kinds: type[nn.Module]) -> str | None:
+def _overriding(module: nn.Module, *kinds: Any) -> str | None:
     """What to say of a subclass of something that is known."""
     base = next((kind for kind in kinds if isinstance(module, kind)), None)
-    return base and f"it overrides the forward of torch.nn.{base.__name__}"
+    return None if base is None else f"it overrides the forward of torch.nn.{base.__name__}"
 
 
 @fuse_rule
 def rms_norm(module: Any) -> Verdict:
     """The RMSNorm that a model brings itself: known by its name, its attributes, and what it computes."""
     cls = type(module)
-    if not re.search("rmsnorm|layernorm", cls.__name__, re.IGNORECASE) or isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) or not _NORMS.search(cls.__name__):
         return None
     weight = getattr(module, "weight", None)
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
@@ -129,9 +129,12 @@ def rms_norm(module: Any) -> Verdict:
         return "it has more than a weight"
     if any(step.opname in ("STORE_ATTR", "STORE_GLOBAL") for step in dis.get_instructions(inspect.unwrap(cls.forward))):
         return "its forward does more than to return a value"
-    kinds = (parts.LlamaRMSNorm, parts.GemmaRMSNorm, parts.RMSNorm, parts.T5RMSNorm)
+    kinds = (norms.LlamaRMSNorm, norms.GemmaRMSNorm, norms.RMSNorm, norms.T5RMSNorm)
     fits = (kind for kind in kinds if same_norm(module, kind.plain))
     return next(fits, "no norm of retainops computes what it does")
+
+
+_NORMS = re.compile("rmsnorm|layernorm", re.IGNORECASE)
 
 
 @fuse_rule
@@ -143,9 +146,9 @@ def quantised(module: Any) -> Verdict:
         if not (weight.is_floating_point() or weight.is_complex()):
             return f"its weights are {weight.dtype}"
     kinds = (cls, type(weights[0]) if weights else object, *map(type, module.children()))
-    if any(_QUANTISES.search(kind.__module__) for kind in kinds[:2]):
-        if all(_QUANTISES.search(kind.__module__) for kind in kinds[2:]):
-            return f"it is quantised, by {cls.__module__.partition('.')[0]}"
+    quantises = [bool(_QUANTISES.search(kind.__module__)) for kind in kinds]
+    if any(quantises[:2]) and all(quantises[2:]):
+        return f"it is quantised, by {cls.__module__.partition('.')[0]}"
     return None
 
 
@@ -175,10 +178,10 @@ def rope(module: Any) -> Verdict:
         "self.fused_add_norm(self.NORM, X, Y)[0]",
     ],
 )
-def add_norm(module: Any, NORM: str, **_: str) -> Verdict:
+def add_norm(module: Any, NORM: str) -> Verdict:
     """A sum and its norm."""
     fused = getattr(type(getattr(module, NORM, None)), "fused_parts", ())
-    return parts.AddNorm if set(fused) & {*parts.OF_SUM, *parts.OF_SUM.values()} else None
+    return parts.AddNorm if set(fused) & {*norms.OF_SUM, *norms.OF_SUM.values()} else None
 
 
 @fuse_rule(
@@ -187,10 +190,12 @@ def add_norm(module: Any, NORM: str, **_: str) -> Verdict:
 )
 def bias_act(module: Any, LINEAR: str, ACT: str) -> Verdict:
     """A linear layer with a bias and an activation."""
-    linear, act = getattr(module, LINEAR, None), getattr(module, ACT, None)
+    linear: Any = getattr(module, LINEAR, None)
+    act = getattr(module, ACT, None)
     if not isinstance(linear, nn.Module) or recognised(act) not in parts.BIASED:
         return None
-    if not parts.has_plain_product(linear) or not linear.weight.is_floating_point():
+    weight: Any = getattr(linear, "weight", None)
+    if not parts.has_plain_product(linear) or not weight.is_floating_point():
         linear_like = "linear" in type(linear).__name__.lower()
         return f"{LINEAR} is a {type(linear).__module__}.{type(linear).__name__}" if linear_like else None
     if linear.bias is None:
@@ -202,15 +207,17 @@ def bias_act(module: Any, LINEAR: str, ACT: str) -> Verdict:
     before=[
         "g, u = X.chunk(2, dim=-1)\nu = u * self.ACT(g)",
         "g, u = X.chunk(2, dim=-1)\nu = self.ACT(g) * u",
-        "_a = self.ACT(X)\nb = Y\nc = _a * b",
-        "self.ACT(X) * Y",
+        "_a = self.ACT(self.GATE(X))\nb = Y\nc = _a * b",
+        "self.ACT(self.GATE(X)) * Y",  # not self.ACT(X): Y could change X in place
+        "self.ACT(X) * y",
         "Y * self.ACT(X)",
     ],
     after=[
         "u = self.fused_packed(self.ACT, X)",
         "u = self.fused_packed(self.ACT, X)",
-        "_a = X\nb = Y\nc = self.fused_gated(self.ACT, _a, b)",
-        "self.fused_gated(self.ACT, X, Y)",
+        "_a = self.GATE(X)\nb = Y\nc = self.fused_gated(self.ACT, _a, b)",
+        "self.fused_gated(self.ACT, self.GATE(X), Y)",
+        "self.fused_gated(self.ACT, X, y)",
         "self.fused_gated(self.ACT, up=Y, gate=X)",
     ],
 )

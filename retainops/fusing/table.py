@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from retainops.retained import aligned
 
@@ -46,7 +47,7 @@ class Table(Sequence[Row]):
     def left(self) -> tuple[Row, ...]:
         return tuple(row for row in self if row.op is None)
 
-    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+    def __getitem__(self, index: Any) -> Any:
         return self._rows[index]
 
     def __iter__(self) -> Iterator[Row]:

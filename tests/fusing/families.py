@@ -136,7 +136,9 @@ FAMILIES: dict[str, Family] = {
         {"rms_norm": 12, "gated": 4},
     ),
     "timm vit": Family(
-        _timm("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=4, proj_drop_rate=0.1),
+        _timm(
+            "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=4, proj_drop_rate=0.1
+        ),
         image("x"),
         {"layer_norm": 5, "add_norm": 2, "bias_act": 2},
     ),
@@ -151,7 +153,9 @@ FAMILIES: dict[str, Family] = {
         {"layer_norm": 9},
     ),
     "torch encoder": Family(_encoder(activation="gelu"), _source, {"layer_norm": 4, "add_norm": 4, "bias_act": 2}),
-    "torch encoder, norm first": Family(_encoder(norm_first=True), _source, {"layer_norm": 4, "add_norm": 4, "bias_act": 2}),
+    "torch encoder, norm first": Family(
+        _encoder(norm_first=True), _source, {"layer_norm": 4, "add_norm": 4, "bias_act": 2}
+    ),
 }
 """Of every family, a model small enough for a test."""
 

@@ -102,7 +102,9 @@ class Eager:
             return []
         if point == "summed":
             return [module.register_forward_pre_hook(lambda m, args: self.keep(name, args[0]))]
-        source = child(module, LINEARS[point]) if point in LINEARS else child(module, ACTS) if point == "act" else module
+        source = (
+            child(module, LINEARS[point]) if point in LINEARS else child(module, ACTS) if point == "act" else module
+        )
         packed = None if source is not None else module.gate_up_proj
         return [(packed or source).register_forward_hook(lambda m, i, out: self.keep(name, out))]
 

@@ -241,6 +241,10 @@ CHANGES: dict[str, Callable[[Any], None]] = {
     "a layer without a bias": lambda m: m.fc.register_parameter("bias", None),
     "frozen": lambda m: [p.requires_grad_(False) for p in m.fc.parameters()],
     "weight norm": lambda m: torch.nn.utils.parametrizations.weight_norm(m.fc),
+    "a setting of an activation": lambda m: setattr(m.gelu, "approximate", "tanh"),
+    "forwards set on modules": lambda m: [
+        setattr(m.get_submodule(n), "forward", torch.cos) for n in ("act", "norm2", "fc")
+    ],
     "another eps": lambda m: setattr(m.norm1, "variance_epsilon", 0.1),
 }
 
