@@ -59,12 +59,13 @@ class Table(Sequence[Row]):
     def __repr__(self) -> str:
         if not self:
             return f"{self.title}: nothing that a rule knows"
-        counts: dict[Row, int] = {}
+        alike: dict[Row, list[Row]] = {}
         for row in self:
-            alike = Row(re.sub(r"(?<![^.])\d+(?![^.])", "*", row.name) or "(the model)", row.kind, row.op, row.why)
-            counts[alike] = counts.get(alike, 0) + 1
-        lines = [
-            (row.name, row.kind, f"left: {row.why}" if row.op is None else row.op, f"{n} times" if n > 1 else "")
-            for row, n in counts.items()
-        ]
+            path = re.sub(r"(?<![^.])\d+(?![^.])", "*", row.name)
+            alike.setdefault(Row(path, row.kind, row.op, row.why), []).append(row)
+        lines = []
+        for of_all, rows in alike.items():
+            row, often = (of_all, f"{len(rows)} times") if len(rows) > 1 else (rows[0], "")
+            done = f"left: {row.why}" if row.op is None else row.op
+            lines.append((row.name or "(the model)", row.kind, done, often))
         return "\n".join([f"{self.title}:", *aligned(lines)])
