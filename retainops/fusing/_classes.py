@@ -7,11 +7,13 @@ change. The original class is known to the new one, so a copy or a pickle of a f
 from __future__ import annotations
 
 import functools
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
-from retainops.fusing._code import Site, rewritten
+from retainops.fusing._code import Methods, Site, methods, rewritten
 from retainops.nn.point import HoldsPoints
 from retainops.registry import PointInfo
 
@@ -48,9 +50,20 @@ def _new(*fusion: Any) -> nn.Module:
     return cls.__new__(cls)
 
 
+def fused_class(original: type, parts: tuple[type[HoldsPoints], ...], sites: tuple[Site, ...]) -> type[Fused]:
+    """The subclass of a class with these parts. It has the same name: libraries look classes up by name.
+
+    Raises:
+        LookupError: the code of its methods is not what it was when the sites were found.
+        TypeError: it cannot have such a subclass.
+    """
+    return _fused_class(original, parts, sites, methods(original))
+
+
 @functools.cache
-def fused_class(original: Any, parts: tuple[type[HoldsPoints], ...], sites: tuple[Site, ...]) -> type[Fused]:
-    """The subclass of a class with these parts. It has the same name: libraries look classes up by name."""
+def _fused_class(
+    original: Any, parts: tuple[type[HoldsPoints], ...], sites: tuple[Site, ...], functions: Methods
+) -> type[Fused]:
     body = {
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
@@ -58,9 +71,30 @@ def fused_class(original: Any, parts: tuple[type[HoldsPoints], ...], sites: tupl
         "fused_from": original,
         "fused_parts": parts,
         "fused_sites": sites,
-        **rewritten(original, sites),
+        **rewritten(functions, sites),
     }
+    part = next((part for part in parts if has_forward(part)), None)
+    if part is not None:
+        body["forward"] = _called_as(original.forward, part.forward)
     return type(original.__name__, (Fused, *parts, original), body)
+
+
+def has_forward(part: type[HoldsPoints]) -> bool:
+    """Whether a part is a module's whole forward, and not only what its code calls."""
+    return part.forward is not HoldsPoints.forward
+
+
+def _called_as(original: Callable[..., Any], new: Callable[..., Any]) -> Callable[..., Any]:
+    """`new`, whose arguments may be given by the names that they have in `original`."""
+    names = list(inspect.signature(original).parameters)[1:]
+
+    @functools.wraps(original)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if kwargs:
+            args += tuple(kwargs.pop(name) for name in names[len(args) :] if name in kwargs)
+        return new(self, *args, **kwargs)
+
+    return forward
 
 
 def is_fused(module: nn.Module) -> bool:
@@ -84,8 +118,7 @@ def why_not(module: nn.Module) -> str | None:
 
 def become(module: nn.Module, parts: tuple[type[HoldsPoints], ...], sites: tuple[Site, ...]) -> None:
     """Fuse one module."""
-    original: Any = type(module)
-    module.__class__ = fused_class(original, parts, sites)
+    module.__class__ = fused_class(type(module), parts, sites)
     module.__dict__["_requests"] = ()
 
 

@@ -14,7 +14,7 @@ import functools
 import inspect
 import textwrap
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import CodeType, FunctionType
 from typing import Any
@@ -23,6 +23,10 @@ from torch import nn
 
 Found = dict[str, Any]
 """From each name of a pattern to what it stands for: an expression, or the name of a variable or an attribute."""
+
+
+Methods = tuple[tuple[str, Any], ...]
+"""The names and functions of a class."""
 
 
 @dataclass(frozen=True)
@@ -149,11 +153,15 @@ def _loads(node: ast.AST) -> list[str]:
     return [n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)]
 
 
-@functools.cache
-def sites_of(cls: Any, pattern: Pattern, done: tuple[Site, ...] = ()) -> tuple[Site, ...]:
+def sites_of(cls: type, pattern: Pattern, done: tuple[Site, ...] = ()) -> tuple[Site, ...]:
     """Where the methods of a class hold a pattern, once other sites are done; none where there is no source to read."""
+    return _sites_in(methods(cls), pattern, done)
+
+
+@functools.cache
+def _sites_in(functions: Methods, pattern: Pattern, done: tuple[Site, ...]) -> tuple[Site, ...]:
     found: list[Site] = []
-    for name, function in _methods(cls).items():
+    for name, function in functions:
         if (tree := _parsed(function)) is not None:
             _rewrite(tree, [site for site in done if site.method == name])
             rewriter = Rewriter(tree, pattern, frozenset())
@@ -162,8 +170,8 @@ def sites_of(cls: Any, pattern: Pattern, done: tuple[Site, ...] = ()) -> tuple[S
     return tuple(found)
 
 
-def rewritten(cls: type, sites: tuple[Site, ...]) -> dict[str, FunctionType]:
-    """The methods of a class with what their patterns say at these sites.
+def rewritten(functions: Methods, sites: tuple[Site, ...]) -> dict[str, FunctionType]:
+    """The methods of a class, as `methods` gives them, with what their patterns say at these sites.
 
     They are made from the source, in the globals of their own module: as those change, so do they.
 
@@ -172,10 +180,10 @@ def rewritten(cls: type, sites: tuple[Site, ...]) -> dict[str, FunctionType]:
     """
     made = {}
     for name in dict.fromkeys(site.method for site in sites):
-        function = _methods(cls).get(name)
+        function = dict(functions).get(name)
         tree = _parsed(function) if function else None
         if tree is None:
-            raise LookupError(f"{cls.__name__}.{name} has no source that can be read")
+            raise LookupError(f"its method {name} has no source that can be read")
         _rewrite(tree, [site for site in sites if site.method == name])
         made[name] = _compiled(tree, function)
     return made
@@ -190,13 +198,13 @@ def _rewrite(tree: ast.FunctionDef, sites: list[Site]) -> None:
             raise LookupError(f"{tree.name} is another one than when it was fused: the model's code has changed")
 
 
-def _methods(cls: type) -> Mapping[str, Any]:
-    """The functions of the class that defines forward, which a subclass may have changed since."""
+def methods(cls: type) -> Methods:
+    """The functions of the class that defines forward, as they are now, but for those that a subclass overrides."""
     owner = next(c for c in cls.__mro__ if "forward" in vars(c))
     if owner is nn.Module:
-        return {}
-    there = {name: value for name, value in vars(owner).items() if isinstance(value, FunctionType)}
-    return {name: value for name, value in there.items() if getattr(cls, name) is value}
+        return ()
+    there = ((name, value) for name, value in vars(owner).items() if isinstance(value, FunctionType))
+    return tuple((name, value) for name, value in there if getattr(cls, name) is value)
 
 
 def _parsed(function: Any) -> ast.FunctionDef | None:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from retainops.fusing import rules as _rules  # noqa: F401 - registers them
-from retainops.fusing._classes import Fused, become, fused_class, is_fused, restore, why_not
+from retainops.fusing._classes import Fused, become, fused_class, has_forward, is_fused, restore, why_not
 from retainops.fusing._code import Site, sites_of
 from retainops.fusing.parts import FUNCTION
 from retainops.fusing.registry import RULES, Change, Part, Rule
@@ -112,9 +112,10 @@ class _Fusing:
     def run(self, model: nn.Module) -> Table:
         places = {module: name for name, module in model.named_modules()}
         try:
-            open_ones = [module for module, name in places.items() if self.by_kind(name, module)]
-            for module in open_ones:  # once the norms are fused, of which a rule of code asks
-                self.by_code(places[module], module)
+            given = {module: self.by_kind(name, module) for module, name in places.items()}
+            for module, parts in given.items():  # once the norms are fused, of which a rule of code asks
+                if parts is not None:
+                    self.by_code(places[module], module, parts)
             for step in self.adopt:
                 step()
         except BaseException:  # wholly, or not at all
@@ -124,13 +125,13 @@ class _Fusing:
         order = {name: i for i, name in enumerate(places.values())}
         return Table(f"{type(model).__name__}, fused", sorted(self.rows, key=lambda row: order[row.name]))
 
-    def by_kind(self, name: str, module: Any) -> bool:
-        """Ask the rules for modules as a whole; whether its methods are still its own, to be asked about."""
+    def by_kind(self, name: str, module: Any) -> tuple[Part, ...] | None:
+        """Ask the rules for modules as a whole: what the class is to inherit besides what its code calls; None: done."""
         kind = type(module).__name__
         if isinstance(module, HoldsPoints):
             if isinstance(module, Fused):
                 self.rows.append(Row(name, kind, None, "already fused"))
-            return False
+            return None
         for rule in self.of_modules:
             verdict: Any = rule.decide(module)
             if verdict is None:
@@ -139,22 +140,26 @@ class _Fusing:
                 verdict.apply()
                 self.undo.append(functools.partial(rule.undone, module))
                 self.rows.append(Row(name, kind, verdict.op))
-                return True
+                continue  # its class may be another rule's
             reason = verdict if isinstance(verdict, str) else _why_not(module, (verdict,), ())
             if reason is not None:
                 self.rows.append(Row(name, kind, None, reason))
-                return True
-            become(module, (verdict,), ())
-            self.undo.append(functools.partial(restore, module))
+                return ()
             self.rows.append(Row(name, kind, verdict.op.name))
-            return False
-        return True
+            if not has_forward(verdict):
+                return (verdict,)
+            self.become(module, (verdict,), ())
+            return None
+        return ()
 
-    def by_code(self, name: str, module: Any) -> None:
+    def become(self, module: Any, parts: tuple[Part, ...], sites: tuple[Site, ...]) -> None:
+        become(module, parts, sites)
+        self.undo.append(functools.partial(restore, module))
+
+    def by_code(self, name: str, module: Any, parts: tuple[Part, ...]) -> None:
         """Ask the rules for code about each place in its methods."""
         cls: Any = type(module)
         kind = cls.__name__
-        parts: tuple[Part, ...] = ()
         sites: tuple[Site, ...] = ()
         found: dict[Row, None] = {}  # code may say the same in two branches
         for rule, pattern in self.of_code:
@@ -180,9 +185,8 @@ class _Fusing:
                 if hasattr(verdict, "adopt"):
                     self.adopt.append(functools.partial(verdict.adopt, module, **names))
         self.rows += found
-        if sites:
-            become(module, parts, sites)
-            self.undo.append(functools.partial(restore, module))
+        if parts:
+            self.become(module, parts, sites)
 
 
 def _why_not(module: Any, parts: Any, sites: tuple[Site, ...]) -> str | None:

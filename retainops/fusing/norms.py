@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from retainops.nn.point import HoldsPoints, gradients_reach
 from retainops.ops.group_norm import GROUP_NORM
@@ -52,7 +53,11 @@ class OfSum(Norm):
 class TorchNorm(Norm):
     """Autocast on CUDA computes torch.nn's norms in float32, and returns that."""
 
+    normalized_shape: tuple[int, ...] = ()
+
     def forward(self, x: Tensor) -> Tensor:
+        if self.normalized_shape and x.shape[-1:] != self.normalized_shape:
+            F.layer_norm(x, self.normalized_shape)  # the error that PyTorch raises
         return super().forward(_as_autocast_has_it(x))
 
 

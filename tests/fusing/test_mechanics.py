@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -272,6 +273,18 @@ def test_changes_before_and_after(change: str, when: str, block: Block, x: torch
             torch.testing.assert_close(a.grad, b.grad, rtol=1e-5, atol=1e-6)
 
 
+def test_arguments_by_name_and_errors_as_before() -> None:
+    model, x = nn.ModuleList([nn.LayerNorm(8, elementwise_affine=False), TinyRMSNorm(8)]), torch.randn(2, 8)
+    expected = [model[0](x), model[1](x)]
+    ro.fuse(model)
+    torch.testing.assert_close(model[0](input=x), expected[0])
+    torch.testing.assert_close(model[1](x=x), expected[1])
+    with pytest.raises(TypeError, match="unexpected keyword argument 'y'"):
+        model[0](y=x)
+    with pytest.raises(RuntimeError, match=r"normalized_shape=\[8\]"):
+        model[0](torch.randn(2, 9))
+
+
 # What is left alone
 
 
@@ -529,6 +542,42 @@ def test_a_rule_for_code(x: torch.Tensor) -> None:
         ours.sum().backward()
     torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(kept["scaled"].grad, 2 * (x * (1 + more[0]) + more[1]).detach())
+
+
+class Named(ro.nn.HoldsPoints):
+    """A part without a forward: it comes on top of what the module's code calls."""
+
+    op = ro.nn.Mish.op
+
+    def point_infos(self) -> tuple[Any, ...]:
+        return (dataclasses.replace(self.op.points[0], name="named"),)
+
+
+@pytest.mark.usefixtures("registry")
+def test_rules_that_share_a_module(block: Block, x: torch.Tensor) -> None:
+    changed = []
+
+    @ro.fuse_rule
+    def part(module: nn.Module) -> type | None:
+        return Named if type(module) is Block else None
+
+    @ro.fuse_rule
+    def change(module: nn.Module) -> ro.fusing.Change | None:
+        return ro.fusing.Change("changed", lambda: changed.append(module)) if type(module) is Block else None
+
+    @change.undo
+    def unchange(module: nn.Module) -> str | None:
+        return "changed" if changed and changed.pop() else None
+
+    theirs = run(block, x)
+    table = ro.fuse(block)
+    assert [row.op for row in table][:5] == ["changed", "mish", "gated(act)", "bias_act(fc, gelu)", "add_norm(norm2)"]
+    assert changed == [block]
+    assert {"named", "act", "c"} <= set(ro.points(block))
+    assert_same(run(block, x), theirs)
+    assert [row.op for row in ro.unfuse(block)][:2] == ["restored", "restored, from changed"]
+    assert not changed
+    assert type(block) is Block
 
 
 @pytest.mark.usefixtures("registry")
