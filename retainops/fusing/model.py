@@ -126,7 +126,7 @@ class _Fusing:
         return Table(f"{type(model).__name__}, fused", sorted(self.rows, key=lambda row: order[row.name]))
 
     def by_kind(self, name: str, module: Any) -> tuple[Part, ...] | None:
-        """Ask the rules for modules as a whole: what the class is to inherit besides what its code calls; None: done."""
+        """Ask the rules for modules as a whole: what its class is to inherit besides what code calls; None: done."""
         kind = type(module).__name__
         if isinstance(module, HoldsPoints):
             if isinstance(module, Fused):

@@ -50,10 +50,12 @@ class Block(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = self.norm1(x)
         h = self.down(self.act(self.gate(h)) * self.up(h))
-        x = self.norm2(x + h)
+        x = x + h
+        residual = x
+        x = self.norm2(x)
         x = self.fc(x)
         x = self.gelu(x)
-        return self.softmax(self.norm3(x))
+        return self.softmax(self.norm3(x)) + residual
 
 
 OPS = {"add_norm(norm2)", "bias_act(fc, gelu)", "gated(act)", "rms_norm", "layer_norm", "group_norm", "softmax"}
@@ -179,14 +181,20 @@ def test_tied_weights_and_shared_modules(x: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("name", ["norm1", "norm2", "gate", "up", "down", "act", "gelu", "fc"])
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_hooks_see_what_they_saw(name: str, when: str, block: Block, x: torch.Tensor) -> None:
+@pytest.mark.parametrize("kind", ["pre", "forward", "backward pre", "backward"])
+def test_hooks_see_what_they_saw(name: str, when: str, kind: str, block: Block, x: torch.Tensor) -> None:
     seen: list[torch.Tensor] = []
 
     def watch(model: nn.Module) -> None:
         module = model.get_submodule(name)
-        module.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
-        module.register_forward_hook(lambda m, args, out: seen.append(out) or out * 1.5)
-        module.register_full_backward_hook(lambda m, into, out: seen.append(out[0]))
+        if kind == "pre":
+            module.register_forward_pre_hook(lambda m, args: seen.append(args[0]) or (args[0] * 1.5,))
+        elif kind == "forward":
+            module.register_forward_hook(lambda m, args, out: seen.append(out) or out * 1.5)
+        elif kind == "backward":
+            module.register_full_backward_hook(lambda m, into, out: seen.append(out[0]) or (into[0] * 1.5,))
+        else:
+            module.register_full_backward_pre_hook(lambda m, out: seen.append(out[0]) or (out[0] * 1.5,))
 
     theirs = copy.deepcopy(block)
     watch(theirs)
@@ -200,7 +208,7 @@ def test_hooks_see_what_they_saw(name: str, when: str, block: Block, x: torch.Te
         watch(block)
     with ro.retain(block, POINTS) as kept:
         ours = run(block, x)
-    assert len(seen) == 3
+    assert len(seen) == 1
     assert_same(ours + seen, expected)
     for point in POINTS:
         assert kept[point].grad is not None, point
@@ -231,6 +239,25 @@ class Adapted(nn.Module):
 
 def swap(name: str, new: Callable[[nn.Module], nn.Module]) -> Callable[[nn.Module], None]:
     return lambda model: setattr(model, name, new(getattr(model, name)))
+
+
+class CountingSiLU(nn.Module):
+    """An activation that does more than to return a value."""
+
+    calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return F.silu(x)
+
+
+def test_an_activation_of_somebodys_own_is_called(block: Block, x: torch.Tensor) -> None:
+    block.act = block.gelu = CountingSiLU()
+    expected = run(block, x)
+    ro.fuse(block)
+    assert block.act.calls == 2
+    assert_same(run(block, x), expected)
+    assert block.act.calls == 4
 
 
 CHANGES: dict[str, Callable[[Any], None]] = {
