@@ -23,10 +23,10 @@ Verdict = Part | Change | str | None
 def attention(module: nn.Module) -> Verdict:
     """A Hugging Face model's attention, where retainops has a backend for it."""
     name = "retainops.integrations.transformers"
-    if importlib.util.find_spec(name) is not None:
-        decide = getattr(importlib.import_module(name), "fuse_attention", None)
-        return decide(module) if decide else None
-    return None
+    if not hasattr(type(module), "set_attn_implementation") or importlib.util.find_spec(name) is None:
+        return None
+    decide = getattr(importlib.import_module(name), "fuse_attention", None)
+    return decide(module) if decide else None
 
 
 @fuse_rule

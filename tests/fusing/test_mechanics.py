@@ -420,6 +420,24 @@ def test_quantised_layers_are_called_as_they_are(block: Block, x: torch.Tensor) 
 WHY = "its weights are torch.int8"
 
 
+def test_layers_of_a_library_that_quantises(block: Block, x: torch.Tensor) -> None:
+    class Linear4bit(nn.Linear):
+        __module__ = "bitsandbytes.nn.modules"
+
+    for name in ("gate", "fc"):
+        layer = Linear4bit(8, 8)
+        layer.load_state_dict(getattr(block, name).state_dict())
+        setattr(block, name, layer)
+    theirs = run(block, x)
+    table = ro.fuse(block)
+    assert {(row.name, row.why) for row in table.left} == {
+        ("", "bias_act(fc, gelu): fc is a bitsandbytes.nn.modules.Linear4bit"),
+        ("gate", "it is quantised, by bitsandbytes"),
+        ("fc", "it is quantised, by bitsandbytes"),
+    }
+    assert_same(run(block, x), theirs)
+
+
 def test_on_meta_it_is_fused_and_nothing_is_made(x: torch.Tensor) -> None:
     torch.manual_seed(2)
     theirs = Block()
