@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help setup demo test lint check bench clean
+.PHONY: help setup demo test lint check bench docs clean
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*##/  make \1\t/'
 
@@ -36,5 +36,8 @@ check: setup  ## every op against float64 and eager PyTorch, as a table
 bench: setup  ## the benchmarks; results under bench/results/
 	$(BIN)/python -m retainops bench
 
+docs: setup  ## the documentation as a site, in site/ (open site/index.html)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+
 clean:  ## remove what the targets made
-	rm -rf $(VENV) build *.egg-info demo.png
+	rm -rf $(VENV) build site *.egg-info demo.png

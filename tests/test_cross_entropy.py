@@ -236,13 +236,13 @@ def test_one_kernel_each_way() -> None:
 OPTIONS = {"label_smoothing": 0.1, "z_loss": 1e-4, "softcap": 30.0}
 SPILLS = [
     *(("sm_90", torch.bfloat16, n) for n in (1, 100, 256, 50257)),
-    ("sm_90", torch.float64, 256),
+    *(("sm_90", torch.float64, n) for n in (256, 500)),
     ("sm_80", torch.float32, 131072),
     ("sm_100", torch.float32, 2048),
     ("sm_120", torch.bfloat16, 100),
 ]
-KNOWN = {("sm_90", torch.bfloat16, 500): 8, ("sm_90", torch.float64, 500): 8, ("sm_120", torch.float64, 100): 8}
-"""Bytes that are known to spill: two registers a thread, where ptxas stops at 64 or 80 of them."""
+KNOWN = {("sm_80", torch.bfloat16, 100): 4, ("sm_120", torch.bfloat16, 17): 16, ("sm_120", torch.bfloat16, 100): 12}
+"""Bytes that are known to spill: a few registers a thread, where ptxas stops at 80 or 96 of them."""
 EVERY = itertools.product(
     ["sm_80", "sm_90", "sm_100", "sm_120"],
     [torch.bfloat16, torch.float32, torch.float64],

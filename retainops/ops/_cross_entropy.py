@@ -20,8 +20,10 @@ if HAS_TRITON:
     from retainops.ops._rows import row_tiles, row_walk
 
 Tensor = torch.Tensor
-ELEMENTS, A_THREAD = 2048, 8
+ELEMENTS, A_THREAD = 1024, 8
 """Of a tile of several rows, and for each thread of it: each row's own numbers take registers too."""
+NARROW = 2048
+"""Forward's widest row that is a tile as a whole."""
 WIDE, A_THREAD_OF_WIDE = 4096, 16
 """Of forward's tile of a row wider than that, of which a program goes over all. In float64 all of these are halves."""
 CHUNK = 1024
@@ -113,13 +115,13 @@ class Loss(NamedTuple):
 def rows_forward(logits: Tensor, loss: Loss, whole: bool = True) -> None:
     """Write the loss's rows; or, where the logits are not the whole rows, bring them up to date."""
     held = loss.rows.max.dtype
-    narrow = logits.shape[-1] * held.itemsize <= ELEMENTS * 4
+    narrow = logits.shape[-1] * held.itemsize <= NARROW * 4
     launch(
         kernels.cross_entropy_fwd_kernel,
         logits.shape,
         held,
         *(logits, *loss.operands(), *loss.rows),
-        walked=_walk(held, *((ELEMENTS, A_THREAD) if narrow else (WIDE, A_THREAD_OF_WIDE))),
+        walked=_walk(held, *((NARROW, A_THREAD) if narrow else (WIDE, A_THREAD_OF_WIDE))),
         programs=row_tiles,
         WHOLE=whole,
         **loss.constants(),
@@ -150,7 +152,7 @@ def rows_backward(logits: Tensor, loss: Loss, dloss: Tensor, dx: Grad, kept: Seq
 
 def _walk(held: torch.dtype, columns: int, a_thread: int) -> Any:
     """Tiles of up to so many columns."""
-    sizes = {"widest": columns, "chunk": columns, "elements": max(columns, ELEMENTS), "a_thread": a_thread}
+    sizes = {"widest": columns, "chunk": columns, "elements": ELEMENTS, "a_thread": a_thread}
     narrower: dict[str, Any] = {name: size * 4 // held.itemsize for name, size in sizes.items()}
     return functools.partial(row_walk, **narrower)
 

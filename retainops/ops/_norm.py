@@ -26,12 +26,18 @@ if HAS_TRITON:
     FORWARD = Tiling(widest=16384, elements=2048, chunk=8192, a_thread=32)
     FORWARD_OF_SUM = FORWARD._replace(widest=8192)
     FORWARD_UNALIGNED = Tiling(widest=8192, elements=2048, chunk=4096, a_thread=32)
-    BACKWARD = Tiling(widest=8192, elements=4096, chunk=2048)
-    BACKWARD_UNALIGNED = BACKWARD._replace(widest=4096)
+    BACKWARD = Tiling(widest=4096, elements=4096, chunk=2048)
+    BACKWARD_OF_WIDE = Tiling(widest=8192, elements=8192, chunk=2048, a_thread=32)
     TALL = Tiling(widest=64, elements=4096, chunk=64)
     PROJECTIONS = Tiling(widest=0, elements=4096, chunk=4096)
 
 Tensor = torch.Tensor
+
+
+def backward_tiling(n: int, dtype: torch.dtype) -> Tiling:
+    """How backward cuts rows of n. It depends on nothing that is asked for: another cut is another order of sums."""
+    narrow, wide = BACKWARD.held_in(dtype), BACKWARD_OF_WIDE.held_in(dtype)
+    return wide if n % ALIGNED == 0 and narrow.widest < n <= wide.widest else narrow
 
 
 class Norm:
@@ -64,7 +70,7 @@ class Norm:
         summed, held, n = outputs[1] if self.residual else None, layout.points["xhat"][1], x.shape[-1]
         rstd = torch.empty((*x.shape[:-1], 1), dtype=held, device=x.device)
         mean = torch.empty_like(rstd) if self.centred else None
-        aligned = FORWARD_OF_SUM if self.residual else FORWARD
+        aligned = FORWARD_OF_SUM if self.residual or held == torch.float64 else FORWARD
         tiling = (FORWARD_UNALIGNED if n % ALIGNED else aligned).held_in(held)
         launch(
             kernels.norm_fwd_kernel,
@@ -95,7 +101,7 @@ class Norm:
         x, _, weight, bias, *_ = self.parts(given)
         _, _, needs_weight, needs_bias, *_ = self.parts(needed)
         kept = {p.name: Kept(op.name, slots[p.name], leaves[p.name]) for p in op.points if p.name in leaves}
-        tiling = (BACKWARD_UNALIGNED if x.shape[-1] % ALIGNED else BACKWARD).held_in(rstd.dtype)
+        tiling = backward_tiling(x.shape[-1], rstd.dtype)
         needs_dx = any(needed[: 1 + self.residual])
         dx = Grad(x, x.shape, needs_dx)
         shares = functools.partial(Shares, programs=lambda way: tiling.walkers(x.device, way) // row_chunks(way))
@@ -160,6 +166,8 @@ class Norm:
         """Write gradients and points; of rows of several tiles the projections come first, for what needs them."""
         x, _, weight, _, _, offset, round_first = self.parts(given)
         n, (dy, ds) = x.shape[-1], dys if self.residual else (dys[0], None)
+        # Two gradients of weights, and more: weights are read anew for each row, where registers do not hold them too.
+        crowded = self.centred and (self.residual or any(p is not None for p in points.values()))
         read = (x, weight, mean, rstd)
         projected = n > tiling.widest and (grads[0] is not None or "summed" in points)
         sums = self.projections(*read, dy, offset) if projected else (None, None)
@@ -171,7 +179,7 @@ class Norm:
             walked=tiling.walk,
             programs=functools.partial(tiling.walkers, x.device),
             ROUND=triton_dtype(x) if round_first else None,
-            HOLD=tiling.tile(n) <= tiling.elements,
+            HOLD=not (crowded and tiling.tile(n) > BACKWARD.held_in(rstd.dtype).elements),
             WHOLE=tiling.divides(n),
             STAGES=tiling.stages(n, x, dy, ds),
             enable_fp_fusion=False,  # which sums are fused depends on what else is asked for, and with it the last bit
