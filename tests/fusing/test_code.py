@@ -82,12 +82,13 @@ class Net(nn.Module):
 
     @decorated
     def forward(self, x: Undefined, mark: object = SENTINEL, *, more: list = []) -> torch.Tensor:  # noqa: F821, B006
-        assert mark is SENTINEL
+        if mark is not SENTINEL:  # no assert: pytest rewrites those, and then the source is not that of the code
+            raise ValueError(mark)
         more.append("called")
-        return later(self.inner(x))
+        return later(self.inner(self.act(self.fc1(x))))
 
     def inner(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc2(self.drop(self.act(self.fc1(x))))
+        return self.fc2(self.drop(x))
 
 
 def later(x: torch.Tensor) -> torch.Tensor:
@@ -111,13 +112,13 @@ def test_a_method_keeps_all_that_is_around_its_code(monkeypatch: pytest.MonkeyPa
 def test_tracebacks_show_the_file() -> None:
     class_ = type(Net())
     pattern = Pattern("self.ACT(self.LINEAR(X))", "self.raises(X)")
-    sites = [site for site in sites_of(class_, pattern) if dict(site.attributes)["ACT"] == "act"]
+    sites = [site for site in sites_of(class_, pattern) if dict(site.attributes)["ACT"] == "fc2"]
     inner = rewritten(methods(class_), tuple(sites))["inner"]
     with pytest.raises(AttributeError, match="raises") as caught:
         inner(Net(), torch.ones(4))
     last = caught.traceback[1]
     assert str(last.path) == __file__
-    assert "self.fc2(self.drop(self.act(self.fc1(x))))" in str(last.statement)
+    assert "return self.fc2(self.drop(x))" in str(last.statement)
 
 
 CODE = """
