@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import inspect
 import re
+import sys
 from typing import Any
 
 from torch import nn
@@ -27,6 +28,13 @@ def attention(module: nn.Module) -> Verdict:
         return None
     decide = getattr(importlib.import_module(name), "fuse_attention", None)
     return decide(module) if decide else None
+
+
+@attention.undo
+def undo_attention(module: nn.Module) -> str | None:
+    """Give the model its own attention back."""
+    undo = getattr(sys.modules.get("retainops.integrations.transformers"), "unfuse_attention", None)
+    return undo(module) if undo else None
 
 
 @fuse_rule
