@@ -44,12 +44,14 @@ class Site:
     Attributes:
         method, pattern: which, and the place: line and column within the method.
         attributes: (name in the pattern, attribute) of each `self.NAME`.
+        looped: whether it is in a loop.
     """
 
     method: str
     pattern: Pattern
     place: tuple[int, int]
     attributes: tuple[tuple[str, str], ...]
+    looped: bool
 
 
 def bind(pattern: Any, node: Any, found: Found) -> bool:
@@ -105,6 +107,7 @@ class Rewriter(ast.NodeTransformer):
         self.method, self.pattern, self.wanted = method, pattern, wanted
         self.before, self.after = (ast.parse(textwrap.dedent(code)).body for code in (pattern.before, pattern.after))
         self.sites: list[Site] = []
+        self.loops = 0
         self.loads = Counter(_loads(method))
         names = Counter(name for statement in self.before for name in _loads(statement))
         self.uses = {name: n for name, n in names.items() if name.startswith("_")}
@@ -115,10 +118,18 @@ class Rewriter(ast.NodeTransformer):
             return False
         place = (node.lineno, node.col_offset)  # type: ignore[attr-defined]
         attributes = tuple((k, v) for k, v in found.items() if isinstance(v, str) and k.isupper())
-        self.sites.append(Site(self.method.name, self.pattern, place, attributes))
+        self.sites.append(Site(self.method.name, self.pattern, place, attributes, self.loops > 0))
         return place in self.wanted
 
     def generic_visit(self, node: ast.AST) -> ast.AST:
+        loops = isinstance(node, (ast.For, ast.While, ast.ListComp, ast.GeneratorExp, ast.DictComp, ast.SetComp))
+        self.loops += loops
+        try:
+            return self.replaced(node)
+        finally:
+            self.loops -= loops
+
+    def replaced(self, node: ast.AST) -> ast.AST:
         super().generic_visit(node)
         if isinstance(self.before[0], ast.Expr):
             return self.expression(node)

@@ -173,6 +173,8 @@ class _Fusing:
                 more = (*dict.fromkeys((*parts, verdict)),)
                 if isinstance(verdict, str):
                     reason: str | None = verdict
+                elif site.looped:
+                    reason = "it is in a loop, and its points would be of several calls"
                 elif verdict in parts and not getattr(verdict, "many", False):
                     reason = "a second of its kind, whose points would have the same names"
                 else:

@@ -220,3 +220,22 @@ def test_a_forward_that_is_another_one_by_now(monkeypatch: pytest.MonkeyPatch) -
     expected = net(x)
     assert [row.op for row in ro.fuse(net).replaced] == ["bias_act(fc2, act)"]
     torch.testing.assert_close(net(x), expected)
+
+
+class Experts(nn.Module):
+    """Code in a loop."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act, self.gates = nn.SiLU(), nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for gate in self.gates:
+            h = gate(x)
+            x = self.act(h) * x
+        return x
+
+
+def test_code_in_a_loop_is_left() -> None:
+    why = "gated(act): it is in a loop, and its points would be of several calls"
+    assert [(row.op, row.why) for row in ro.fuse(Experts())] == [(None, why)]

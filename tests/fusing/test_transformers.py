@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import retainops as ro
 from tests.conftest import simulated
-from tests.fusing.families import FAMILIES, make, step
+from tests.fusing.families import FAMILIES, SIZES, make, step
 
 DECODERS = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt2", "t5"]
 
@@ -170,3 +171,37 @@ def test_on_the_kernels(request: pytest.FixtureRequest) -> None:
             ours = step(model, inputs)
     for what in expected:
         torch.testing.assert_close(ours[what], expected[what], rtol=1e-3, atol=1e-5, msg=what)
+
+
+OTHERS: dict[str, dict[str, Any]] = {
+    "Mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},  # experts in a loop
+    "Cohere": {},  # its own norm, and rope of pairs side by side
+    "Glm": {},  # rope of a part of each head, pairs side by side
+    "Olmo2": {},  # norms after attention and MLP
+    "Phi": {},  # one norm for both, and rope of a part
+    "StableLm": {},
+    "Granite": {"residual_multiplier": 0.5},
+    "Starcoder2": {},
+}
+"""Families that no rule was written for."""
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_families(name: str) -> None:
+    torch.manual_seed(3)
+    config = getattr(transformers, f"{name}Config")(**SIZES, **OTHERS[name])
+    model, inputs = getattr(transformers, f"{name}ForCausalLM")(config), FAMILIES["llama"].inputs()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    before = step(model, inputs)
+    assert len(ro.fuse(model).replaced) > 2
+    with ro.retain(model, "*", ro.Stats("l2")) as kept:
+        after = step(model, inputs)
+    top = max(value.abs().max().item() for value in before.values())
+    for what, value in before.items():
+        bound = 3e-6 * (value.abs().max().item() + 1e-3 * top)
+        torch.testing.assert_close(after[what], value, rtol=0, atol=bound, msg=what)
+    assert all(slot.l2 > 0 for slot in kept.values())
+    ro.unfuse(model)
+    assert all(torch.equal(value, before[what]) for what, value in step(model, inputs).items())
