@@ -31,6 +31,11 @@ class Fused(HoldsPoints):
     fused_parts: tuple[type[HoldsPoints], ...]
     fused_sites: tuple[Site, ...]
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """As the module's class before: some code makes another one of `type(module)`."""
+        self.fused_from.__init__(self, *args, **kwargs)
+        self.__dict__["_requests"] = ()
+
     def point_infos(self) -> tuple[PointInfo, ...]:
         return tuple(info for part in self.fused_parts for info in part.point_infos(self))
 
@@ -107,7 +112,7 @@ def why_not(module: nn.Module) -> str | None:
     cls = type(module)
     if "forward" in vars(module):
         return "its forward is set on the module itself"
-    custom = ("__getstate__", "__reduce__", "__reduce_ex__", "__deepcopy__")
+    custom = ("__getstate__", "__reduce__", "__reduce_ex__")
     bases = [c for c in cls.__mro__ if not issubclass(nn.Module, c) and not issubclass(c, HoldsPoints)]
     if any(name in vars(c) for c in bases for name in custom):
         return f"{cls.__name__} copies itself in a way of its own"

@@ -73,7 +73,9 @@ def unfuse(model: nn.Module) -> Table:
     for name, module in modules:
         kind = type(module).__name__
         vars(module).pop(FUNCTION, None)
-        if is_fused(module):
+        if is_fused(module) and "forward" in vars(module):  # which may hold the fused one
+            rows.append(Row(name, kind, None, "a forward was set on the module itself since; undo that first"))
+        elif is_fused(module):
             restore(module)
             rows.append(Row(name, kind, "restored"))
         elif isinstance(module, Fused):

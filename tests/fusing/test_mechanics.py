@@ -10,7 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import distributed as dist
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 import retainops as ro
@@ -376,6 +379,7 @@ LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "a subclass that counts": (lambda: CountingRMSNorm(8), "it overrides the forward of Norm"),
     "one that counts": (lambda: Counting(8), "its forward does more than to return a value"),
     "patched": (patched, "its forward is set on the module itself"),
+    "pickling itself": (lambda: Pickling(8), "Pickling copies itself in a way of its own"),
     "over two dims": (lambda: nn.LayerNorm((4, 8)), r"it is over several dims, (4, 8)"),
     "no dim": (lambda: nn.Softmax(), "it has no dim"),
     "int8": (
@@ -496,6 +500,65 @@ def test_wrapped_by_something_else_since(block: Block) -> None:
     assert [(row.name, row.why) for row in table.left] == [
         ("norm2", "something made another class of its class since; undo that first")
     ]
+
+
+def test_another_one_of_the_same_type(block: Block, x: torch.Tensor) -> None:
+    theirs = run(block, x)
+    ro.fuse(block)
+    other = type(block)(n=8)
+    other.load_state_dict(block.state_dict())
+    assert_same(run(other, x), theirs)
+    norm = type(block.norm2)(8, eps=0.1)
+    torch.testing.assert_close(norm(x), F.layer_norm(x, (8,), eps=0.1))
+    ro.unfuse(norm)
+    assert type(norm) is nn.LayerNorm
+
+
+class Pickling(nn.LayerNorm):
+    """It is pickled in a way of its own."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+
+def test_a_forward_set_since_that_holds_the_fused_one(block: Block, x: torch.Tensor) -> None:
+    """As accelerate places its hooks."""
+    theirs = run(block, x)
+    ro.fuse(block)
+    inner = block.forward
+    block.forward = lambda x: inner(x)
+    assert [(row.name, row.why) for row in ro.unfuse(block).left] == [
+        ("", "a forward was set on the module itself since; undo that first")
+    ]
+    assert_same(run(block, x), theirs)
+    del block.forward
+    ro.unfuse(block)
+    assert type(block) is Block
+
+
+@pytest.mark.parametrize("order", ["fused, then sharded", "sharded, then fused"])
+def test_sharded(order: str, block: Block, x: torch.Tensor) -> None:
+    """By one process alone, with the classes, hooks and tensors that several have."""
+    theirs = run(block, x)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = dist.init_device_mesh("cpu", (1,))
+        if order.startswith("fused"):
+            ro.fuse(block)
+            fully_shard(block.fc, mesh=mesh)  # a layer of another class, which is called as it is
+        fully_shard(block.norm2, mesh=mesh)
+        fully_shard(block, mesh=mesh)
+        if order.startswith("sharded"):
+            assert "gated(act)" in {row.op for row in ro.fuse(block)}
+        with ro.retain(block, POINTS) as kept:
+            ours = run(block, x)
+        whole = [t.full_tensor() if isinstance(t, DTensor) else t for t in ours]
+        assert_same(whole, theirs)
+        assert all(slot.grad is not None for slot in kept.values())
+        ro.unfuse(block)
+        assert_same([t.full_tensor() if isinstance(t, DTensor) else t for t in run(block, x)], theirs)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_compiled_models(block: Block, x: torch.Tensor) -> None:
