@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from retainops.buffers import Into
-from retainops.nn.guests import Holder, holder
+from retainops.nn.guests import Holder, holders
 from retainops.part import Part
 from retainops.points import PointTable
 from retainops.points import points as points_of_op
@@ -200,7 +200,7 @@ def _original(module: nn.Module) -> nn.Module:
 def _points_in(model: nn.Module) -> Iterator[ModelPoint]:
     parent_of = {child: type(parent).__name__ for parent in model.modules() for child in parent.children()}
     for path, module in _original(model).named_modules():
-        if (of := holder(module)) is not None:
+        for of in holders(module):
             parts = [part for part in path.split(".") if part not in WRAPPED]
             kind, parent = type(module).__name__, parent_of.get(module)
             where = kind if parent in (None, *WRAPPERS) else f"{kind} in {parent}"

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
+from retainops.fusing import Change
 from retainops.nn.attention import attend
 from retainops.nn.guests import find_by, requests_of
 from retainops.nn.point import tapped
@@ -182,3 +183,35 @@ def _dispatches(forward: Any) -> bool:
 
 
 register()
+
+
+def fuse_attention(model: Any) -> Change | str | None:
+    """The rule of `ro.fuse`: this backend in the place of PyTorch's own, for a model that takes any.
+
+    Its undoing is `unfuse_attention`.
+    """
+    had = getattr(model.config, "_attn_implementation", None)
+    if had in _names:  # a model inside of one whose configuration it shares
+        return None
+    if not getattr(model, "_supports_attention_backend", False):
+        return "its attention is not called through transformers' registry"
+    if had not in ("eager", "sdpa"):
+        return f"its attention is {had}, which somebody chose"
+
+    def apply() -> None:
+        vars(model)[HAD] = had
+        model.set_attn_implementation(NAME)
+
+    return Change("attention", apply)
+
+
+def unfuse_attention(model: nn.Module) -> str | None:
+    """Give a model the attention back that it had before `fuse_attention`."""
+    if HAD not in vars(model):
+        return None
+    model.set_attn_implementation(vars(model).pop(HAD))  # type: ignore[operator]
+    return "attention"
+
+
+HAD = "_retainops_attention"
+"""Of a model: the attention that it had."""

@@ -66,12 +66,11 @@ def find_by(finder: Callable[[nn.Module], Op | None]) -> None:
         _finders.append(finder)
 
 
-def holder(module: nn.Module) -> Holder | None:
-    """What holds a module's points: itself, or a guest; None if it has none."""
-    if isinstance(module, HoldsPoints):
-        return module
+def holders(module: nn.Module) -> list[Holder]:
+    """What holds a module's points: itself, a guest, or both, as in an attention module that `ro.fuse` fused."""
     op = next((op for op in (find(module) for find in _finders) if op is not None), None)
-    return None if op is None else Guest(module, op)
+    own: list[Holder] = [module] if isinstance(module, HoldsPoints) else []
+    return own if op is None else [*own, Guest(module, op)]
 
 
 def requests_of(module: nn.Module) -> tuple[Retained, ...]:
