@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from retainops.kernels.unary import exp, tanh
+from retainops.kernels.unary import divide, exp, tanh
 
 
 class Heads(NamedTuple):
@@ -151,7 +151,7 @@ def scores(qk, X, at):
     b, h, m, n, queries, keys = at
     s = qk * X.scale
     if X.cap is not None:
-        s = X.cap * tanh(s / X.cap)
+        s = X.cap * tanh(divide(s, X.cap))
     if X.mask.ptr is not None:
         mask = tl.load(pointers(X.mask, b, h, m, n, queries, keys), mask=inside(X, at), other=0)
         if X.mask.ptr.dtype.element_ty == tl.int1:

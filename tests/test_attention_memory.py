@@ -77,8 +77,13 @@ def test_relevance_is_one_map_and_legrad_a_row(compiled: bool) -> None:
 
 def test_it_grows_as_it_should() -> None:
     """From N to 2 N: the map four times, above a plain backward; a row of it twice, with all of the backward."""
-    maps = [of_backward(n, p=ro.Relevance("chefer")) - of_backward(n) for n in (256, 512)]
-    rows = [of_backward(n, p=ro.Relevance("legrad")) for n in (256, 512)]
+
+    def most(n: int, **wants: Any) -> int:
+        # What was allocated before the profile, and is freed in it, is at times not told.
+        return max(of_backward(n, **wants) for _ in range(4))
+
+    maps = [most(n, p=ro.Relevance("chefer")) - most(n) for n in (256, 512)]
+    rows = [most(n, p=ro.Relevance("legrad")) for n in (256, 512)]
     assert 3 < maps[1] / maps[0] < 4.5
     assert rows[1] < 2.2 * rows[0]
 
