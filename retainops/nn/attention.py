@@ -23,7 +23,7 @@ def attend(inputs: tuple[Any, ...], requests: tuple[Retained, ...]) -> Tensor:
     """
     if requests and gradients_reach(*inputs):
         return attention_of(inputs, requests)
-    return attention(*inputs)
+    return attention(*inputs[:8], **dict(zip(("softcap", "window"), inputs[8:], strict=False)))
 
 
 class MultiheadAttention(nn.MultiheadAttention, HoldsPoints):

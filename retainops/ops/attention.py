@@ -41,9 +41,9 @@ def attention(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
+    *,
     softcap: float | None = None,
     window: Window = None,
-    *,
     retain: Retained | None = None,
 ) -> Tensor:
     """`torch.nn.functional.scaled_dot_product_attention`, whose scores and probabilities can be asked for.
