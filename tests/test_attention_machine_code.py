@@ -16,14 +16,13 @@ SMALL_SHARED = 99 * 1024
 TENSOR_CORES = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "sm_120": "HMMA"}
 
 
-def reports(
-    target: str, dtype: torch.dtype, d: int, asked: str, causal: bool = False, mask: torch.Tensor | None = None
-) -> list[KernelReport]:
+def reports(target: str, dtype: torch.dtype, d: int, asked: str, bound: str = "") -> list[KernelReport]:
     """Of the kernels that answer, where lse and delta are given."""
     b, h, n = 1, 4, 1024
     q = torch.empty(b, h, n, d, dtype=dtype)
     lse = torch.empty(b, h, n)
-    scores = Scores(q, q, q, mask, q, None, lse, 0.3, causal, (None, None), None, None, None, lse)
+    mask = torch.zeros(1, 1, n, n, dtype=dtype) if "mask" in bound else None
+    scores = Scores(q, q, q, mask, q, None, lse, 0.3, "causal" in bound, (None, None), None, None, None, lse)
     s = p = None
     if asked in ("s", "s and p"):
         s = Wanted(torch.empty(b, h, n, n, dtype=dtype))
@@ -41,31 +40,32 @@ def spills(report: KernelReport) -> int:
 
 
 @pytest.mark.parametrize(
-    ("target", "dtype", "d", "asked", "causal"),
+    ("target", "dtype", "d", "asked", "bound"),
     [
-        ("sm_90", torch.bfloat16, 128, "chefer", True),
-        ("sm_90", torch.bfloat16, 128, "s and p", True),
-        ("sm_90", torch.bfloat16, 64, "statistics over queries", False),
-        ("sm_90", torch.float16, 80, "s", False),
-        ("sm_90", torch.float16, 256, "attn_grad", False),
-        ("sm_80", torch.bfloat16, 128, "chefer", False),
-        ("sm_80", torch.float16, 96, "legrad", False),
-        ("sm_100", torch.bfloat16, 128, "chefer", True),
-        ("sm_100", torch.float16, 64, "s and p", False),
-        ("sm_120", torch.bfloat16, 128, "chefer", True),
-        ("sm_120", torch.bfloat16, 72, "s", True),
-        ("sm_120", torch.bfloat16, 128, "statistics over keys", False),
-        ("sm_80", torch.float32, 64, "s and p", True),
-        ("sm_90", torch.float32, 128, "chefer", False),
-        ("sm_90", torch.float32, 80, "statistics over queries", False),
+        ("sm_90", torch.bfloat16, 128, "chefer", "causal"),
+        ("sm_90", torch.bfloat16, 128, "s and p", "causal"),
+        ("sm_90", torch.bfloat16, 64, "statistics over queries", ""),
+        ("sm_90", torch.float16, 80, "s", ""),
+        ("sm_90", torch.float16, 256, "attn_grad", ""),
+        ("sm_80", torch.bfloat16, 128, "chefer", ""),
+        ("sm_80", torch.float16, 96, "legrad", ""),
+        ("sm_100", torch.bfloat16, 128, "chefer", "causal"),
+        ("sm_100", torch.float16, 64, "s and p", ""),
+        ("sm_120", torch.bfloat16, 128, "chefer", "causal"),
+        ("sm_120", torch.bfloat16, 128, "attn_grad", "causal, mask"),
+        ("sm_120", torch.bfloat16, 72, "s", "causal"),
+        ("sm_120", torch.bfloat16, 128, "statistics over keys", ""),
+        ("sm_80", torch.float32, 64, "s and p", "causal"),
+        ("sm_90", torch.float32, 128, "chefer", ""),
+        ("sm_90", torch.float32, 80, "statistics over queries", ""),
     ],
     ids=str,
 )
 def test_no_spills_and_tensor_cores_for_16_bits(
-    target: str, dtype: torch.dtype, d: int, asked: str, causal: bool
+    target: str, dtype: torch.dtype, d: int, asked: str, bound: str
 ) -> None:
     """float32 goes without: tensor cores would round it to 10 bits."""
-    for report in reports(target, dtype, d, asked, causal):
+    for report in reports(target, dtype, d, asked, bound):
         assert spills(report) == 0, str(report)
         assert report.shared <= SMALL_SHARED or target != "sm_120"
         assert (report.mix[TENSOR_CORES[target]] > 0) == (dtype != torch.float32), str(report)

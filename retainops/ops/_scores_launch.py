@@ -50,7 +50,8 @@ def tiles_of(scores: Scores, kind: str) -> Tiles:
     target = triton.runtime.driver.active.get_current_target()
     hopper, blackwell = (target.backend == "cuda" and target.arch // 10 == n for n in (9, 10))
     cut = kind == "grad" and bounds(scores) != (None, None)  # comparisons of places take registers too
-    columns = 64 if kind == "statistics" or cut or blackwell else 128
+    masked = kind == "relevance" and scores.mask is not None and not hopper  # and so do pointers to a mask
+    columns = 64 if kind == "statistics" or cut or masked or blackwell else 128
     widths = scores.q.shape[-1], scores.v.shape[-1]
     chunks = (64, 32) if hopper or blackwell else (32,)  # others hold a chunk in registers
     # Of chunks that are not full not more than a fifth is wasted.

@@ -1,0 +1,84 @@
+"""Arguments of attention: what is checked of them, and what PyTorch's function checks and makes of them."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from retainops.part import Part
+from retainops.relevance import Relevance
+from retainops.retained import Retained
+
+Tensor = torch.Tensor
+Window = int | tuple[int | None, int | None] | None
+Bounds = tuple[int | None, int | None]
+
+
+def check(
+    softcap: Any,
+    window: Any,
+    requests: Sequence[Any],
+) -> None:
+    """Of the arguments, those that `scaled_dot_product_attention` does not check."""
+    op = "attention"
+    if softcap is not None:
+        if isinstance(softcap, bool) or not isinstance(softcap, numbers.Real):
+            raise TypeError(
+                f"{op}: softcap is {type(softcap).__name__}; expected a number above 0, such as 50.0, or None"
+            )
+        if not (float(softcap) > 0 and math.isfinite(softcap)):
+            raise ValueError(f"{op}: softcap is {softcap}; expected a number above 0, such as 50.0, or None")
+    if window is not None:
+        sides = (window,) if not isinstance(window, tuple) else window
+        right_type = all(isinstance(w, int) and not isinstance(w, bool) for w in sides if w is not None)
+        if not right_type or (isinstance(window, tuple) and len(window) != 2):
+            raise TypeError(f"{op}: window is {window!r}; expected an int, or (left, right) of ints or None")
+        if any(w is not None and w < 0 for w in sides):
+            raise ValueError(f"{op}: window is {window!r}; expected numbers of keys to each side, 0 or above")
+    for name, slot in (item for retain in requests if isinstance(retain, Retained) for item in retain.items()):
+        want = slot.want
+        if isinstance(want, Relevance) and name != "p":
+            raise ValueError(f"{op}: point '{name}' was asked for {want}; it is of the probabilities: ask point 'p'")
+        of_keys = getattr(want, "over", "") == "keys" or (isinstance(want, Part) and "keys" in want.chosen)
+        if name == "o" and of_keys:
+            raise ValueError(f"{op}: point 'o' was asked for {want}; it has no keys: ask for heads or queries of it")
+
+
+def validate(inputs: tuple[Any, ...]) -> None:
+    """Raise what PyTorch raises of these inputs, by its function of their shapes."""
+    if not torch.compiler.is_compiling():
+        casts = torch.is_autocast_enabled(inputs[0].device.type)  # it would not on meta
+        dtype = product_dtype(inputs[0]) if casts else None
+        q, k, v, mask = (None if t is None else _on_meta(t, dtype) for t in inputs[:4])
+        sdpa((q, k, v, mask, inputs[4], False, *inputs[6:8]))
+
+
+def _on_meta(t: Tensor, dtype: torch.dtype | None) -> Tensor:
+    dtype = t.dtype if dtype is None or t.dtype in (torch.bool, torch.float64) else dtype
+    return torch.empty_strided(t.shape, t.stride(), dtype=dtype, device="meta")
+
+
+def sdpa(inputs: Sequence[Any]) -> Tensor:
+    """PyTorch's function of our inputs."""
+    q, k, v, mask, dropout_p, is_causal, scale, enable_gqa, *_ = inputs
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+
+
+def bounds(window: Window) -> Bounds:
+    """(left, right) of a window, None where it has no bound."""
+    if window is None:
+        return None, None
+    return (window, window) if isinstance(window, int) else window
+
+
+def product_dtype(q: Any) -> torch.dtype:
+    """The dtype of products: under autocast a narrower one than q's."""
+    kind = q.device.type
+    if torch.is_autocast_enabled(kind) and q.dtype != torch.float64:
+        return torch.get_autocast_dtype(kind)
+    return q.dtype
