@@ -7,12 +7,14 @@ python -m bench.watch --rounds 5 --tokens 256
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import json
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -23,10 +25,12 @@ from torch.nn import functional as F
 
 import retainops as ro
 from bench import record
+from retainops.slots import Slot
 
 WIDTH, HEADS, HIDDEN, LAYERS, VOCABULARY = 512, 8, 1408, 4, 1024
 POINTS = ("*.mlp.act", "*.attended", "*.after")  # three a layer
 BASE, BETWEEN, OFF = "not watched", "between two that are read", "of that, the watcher"
+ADDED = "of that, statistics and reading"  # eager: in compiled code they are part of fused loops
 READ, READ_MORE = "read: l2, nonfinite", "read: l2, amax, nonfinite, hist"
 
 
@@ -84,7 +88,7 @@ class Kind:
 
 
 def measure(rounds: int, tokens: int, compiled: bool, layers: int = LAYERS) -> dict[str, list[float]]:
-    """Seconds of each kind of step, round by round, and of what a watcher does in a step that is not read.
+    """Seconds of each kind of step, round by round, and of what watching itself does in one.
 
     The kinds take turns, in another order each round, so that a busy moment falls on all of them. On a CPU the seconds
     are those that this process computed, not those that it waited while others did.
@@ -101,7 +105,8 @@ def measure(rounds: int, tokens: int, compiled: bool, layers: int = LAYERS) -> d
         READ: Kind(model, "l2", "nonfinite"),
         READ_MORE: Kind(model, "l2", "amax", "nonfinite", "hist"),
     }
-    times: dict[str, list[float]] = {name: [] for name in (*kinds, OFF)}
+    own = {OFF: BETWEEN} if compiled else {OFF: BETWEEN, ADDED: READ}
+    times: dict[str, list[float]] = {name: [] for name in (*kinds, *own)}
     clock = time.perf_counter if device == "cuda" else time.process_time
     order = random.Random(0)
     for n in track(range(-2, rounds), description="steps, in turn"):
@@ -110,20 +115,44 @@ def measure(rounds: int, tokens: int, compiled: bool, layers: int = LAYERS) -> d
             gc.collect()
             _wait(device)
             start = clock()
+            spent = Spent(clock)
             if kind:
-                kind.before()
-            call(data).backward()
+                spent.on(kind.before)
+            with spent.on_deposits():
+                call(data).backward()
             optimizer.step()
             optimizer.zero_grad()
-            trained = clock()
             if kind:
-                kind.after()
-            own = clock() - trained
+                spent.on(kind.after)
             _wait(device)
             if n >= 0:  # the first two rounds compile and warm up
                 times[name].append(clock() - start)
-                times[OFF] += [own] if name == BETWEEN else []
+                for part, of in own.items():
+                    times[part] += [spent.seconds] if name == of else []
     return times
+
+
+class Spent:
+    """Seconds spent on what watching adds to a step, as they are spent."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.clock, self.seconds = clock, 0.0
+
+    def on(self, f: Callable[..., Any], *args: Any) -> Any:
+        start = self.clock()
+        result = f(*args)
+        self.seconds += self.clock() - start
+        return result
+
+    @contextlib.contextmanager
+    def on_deposits(self) -> Iterator[None]:
+        """Inside, what slots do with gradients that come out of eager code counts."""
+        deposit = Slot.deposit
+        Slot.deposit = lambda *args: self.on(deposit, *args)  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            Slot.deposit = deposit  # type: ignore[method-assign]
 
 
 def _wait(device: str) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from retainops.shards import local
+
 
 class Into:
     """Ask for a point's gradient in a buffer of yours, written by the backward kernel itself.
@@ -67,7 +69,8 @@ def overlaps_itself(t: torch.Tensor) -> bool:
 
 
 def share_memory(t: torch.Tensor, u: torch.Tensor) -> bool:
-    """Whether the address ranges of `t` and `u` meet."""
+    """Whether the address ranges of `t` and `u` meet; of a DTensor, that of its own shard."""
+    t, u = local(t), local(u)
     if t.device != u.device or not t.numel() or not u.numel():
         return False
     if t.device.type == "meta" or t.layout != torch.strided or u.layout != torch.strided:

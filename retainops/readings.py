@@ -6,7 +6,7 @@ import torch
 
 from retainops.retained import Retained
 from retainops.slots import Slot
-from retainops.stats import Stats
+from retainops.stats import Stats, parts_of, total
 
 Reading = int | float | torch.Tensor
 Readings = dict[str, dict[str, Reading]]
@@ -42,8 +42,7 @@ def _of(slot: Slot) -> dict[str, torch.Tensor]:
     names = slot.want.names if isinstance(slot.want, Stats) else ()
     read = {what: getattr(slot, what) for what in names}
     found = {what: t.detach() for what, t in read.items() if t is not None}
-    if not any(what == "l2" for what in names) and slot.grad is not None:
-        grad = slot.grad.detach()
-        norm = torch.linalg.vector_norm(grad, dtype=torch.promote_types(grad.dtype, torch.float32))
-        found["l2"] = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    if "l2" not in names and slot.grad is not None:
+        (sum_of_squares,) = parts_of(("sumsq",), "tensor", slot.grad.detach(), None)
+        found["l2"] = total(sum_of_squares).sqrt()
     return found

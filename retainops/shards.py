@@ -20,6 +20,11 @@ def is_dtensor(t: object) -> bool:
     return type(t) is not torch.Tensor and hasattr(t, "placements") and hasattr(t, "device_mesh")
 
 
+def local(t: torch.Tensor) -> torch.Tensor:
+    """This rank's shard of a DTensor; any other tensor as it is."""
+    return t.to_local() if is_dtensor(t) else t  # type: ignore[attr-defined]
+
+
 def parts_of_shards(
     names: Sequence[str], parts: Parts, g: Any, value: torch.Tensor | None, dims: Sequence[int], shape: torch.Size
 ) -> list[torch.Tensor]:

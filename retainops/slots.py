@@ -295,7 +295,8 @@ class Slot:
     def _is_finite(self) -> bool | None:
         """Whether the gradient is; None: there is none. Reads a value, so it waits for the GPU."""
         if self.grad is not None:
-            return bool(self.grad.isfinite().all())
+            (count,) = parts_of(("nonfinite",), "tensor", self.grad.detach(), None)
+            return not bool(total(count))  # of a DTensor, on every rank the same
         found = self.nonfinite if isinstance(self.want, Stats) and self._tells_nonfinite() else None
         return None if found is None else not bool(found.any())
 

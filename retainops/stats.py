@@ -181,9 +181,7 @@ def parts_of(wanted: tuple[str, ...], over: str, g: torch.Tensor, value: torch.T
         if name == "count":
             return count(g, over)
         if name == "nonfinite":
-            if dims and not torch.compiler.is_compiling():  # where it would be no part of a fused loop
-                return torch.count_nonzero(wide - wide, dims)  # 0 where finite, nan elsewhere: a fifth of the time
-            return add_up((~wide.isfinite()).to(torch.int64))
+            return nonfinite(wide, dims) if dims else (~wide.isfinite()).to(torch.int64)
         if name in KINDS:
             return KINDS[name].of(wide, None if value is None else value.to(wide.dtype))
         return hist(wide)
@@ -198,6 +196,16 @@ def amax(magnitudes: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
     if magnitudes.numel() == 0:
         return magnitudes.sum(dims)  # no maximum of nothing: 0, of the right shape
     return magnitudes.amax(dims)
+
+
+def nonfinite(wide: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
+    """How many are inf or nan, over dims."""
+    of_rows = dims[-1] in (-1, wide.dim() - 1) and wide.shape[-1] <= 2**24  # up to where float32 counts
+    if torch.compiler.is_compiling() or not of_rows or wide.is_complex():
+        return (~wide.isfinite()).to(torch.int64).sum(dims)
+    # The difference is 0 where finite, nan elsewhere. Two passes over one new tensor, where the above makes four.
+    rows = (wide - wide).ne_(0).sum(-1).to(torch.int64)
+    return rows.sum(dims[:-1]) if len(dims) > 1 else rows
 
 
 def count(g: torch.Tensor, over: str) -> torch.Tensor:

@@ -256,6 +256,9 @@ def case_nan_wins_on_whatever_rank() -> Any:
             grad[bad] = float("nan")
             x = distribute_tensor(torch.ones(world, dtype=dtype), mesh(), [Shard(0)]).requires_grad_()
             ro.point(x * 1, "c", retain=sharded).backward(distribute_tensor(grad, mesh(), [Shard(0)]))
+            whole = ro.Retained("c")
+            ro.point(x * 1, "c", retain=whole).backward(distribute_tensor(grad, mesh(), [Shard(0)]))
+            found.append((float("nan" if whole.first_nonfinite() == "c" else 0), 1))
             found += [(k.c.amax.item(), k.c.nonfinite.item()) for k in (kept, sharded)]
     return found
 
