@@ -6,6 +6,7 @@ from retainops.buffers import Into
 from retainops.dispatch import backend, explain
 from retainops.fuse import fuse_pointwise
 from retainops.models import points, retain
+from retainops.nonfinite import NonFiniteGradient
 from retainops.ops.chains import bias_dropout_add, mish, scale_shift, siren, softcap, squared_relu
 from retainops.ops.cross_entropy import cross_entropy
 from retainops.ops.gated import geglu, glu, reglu, swiglu
@@ -29,14 +30,17 @@ from retainops.retained import Retained
 from retainops.samples import per_sample_norms
 from retainops.slots import Slot
 from retainops.stats import Stats
+from retainops.watcher import Watcher, watch
 
 bias_gelu = add_gelu
 
 __all__ = [
     "Into",
+    "NonFiniteGradient",
     "Retained",
     "Slot",
     "Stats",
+    "Watcher",
     "__version__",
     "add_gelu",
     "add_layer_norm",
@@ -76,6 +80,7 @@ __all__ = [
     "softmax",
     "squared_relu",
     "swiglu",
+    "watch",
 ]
 
 

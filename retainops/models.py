@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from retainops.buffers import Into
 from retainops.nn.point import HoldsPoints
@@ -20,6 +21,9 @@ from retainops.slots import Slot
 from retainops.stats import Stats
 
 Want = Into | Stats | None
+# Wrappers are no part of the model: torch.compile's and a checkpoint's. The names are those without them.
+WRAPPED = ("", "_orig_mod", "_checkpoint_wrapped_module")
+WRAPPERS = ("OptimizedModule", "DistributedDataParallel", "CheckpointWrapper")
 Patterns = str | Sequence[str] | Callable[[str], bool] | Mapping[str, Want]
 
 
@@ -129,42 +133,69 @@ def retain(model: nn.Module, what: Patterns = "*", want: Want = None) -> Iterato
         ...     loss_of(model(x)).backward()
         >>> kept["layers.3.mlp.act"].l2
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"retain: model is {type(model).__name__}; expected a torch.nn.Module")
-    there = ModelPoints(model)
-    if not there:
-        raise ValueError(
-            f"retain: {type(_original(model)).__name__} has no points; put ro.nn.Point() where a gradient is wanted, "
-            "or use modules of retainops.nn such as ro.nn.MulSin"
-        )
-    wants = _choose(list(there), _as_mapping(what, want))
-    slots = {name: Slot(name, wants[name]) for name in there if name in wants}
-    requests: dict[HoldsPoints, dict[str, Slot]] = {}
-    for name, slot in slots.items():
-        requests.setdefault(there[name].module, {})[there[name].info.name] = slot
-    armed = [(module, Retained.of(of_module)) for module, of_module in requests.items()]
-    for module, request in armed:
-        module._requests += (request,)
+    asked = Asked("retain", model, what, want)
+    asked.on()
     try:
-        yield Retained.of(slots)
+        yield asked.kept
     finally:
-        for module, request in armed:
+        asked.off()
+
+
+class Asked:
+    """A request of a model's points, which its modules hold while it is on.
+
+    Args:
+        who: whom errors name.
+        model, what, want: as of `retain`.
+
+    Attributes:
+        kept: the slots, by the names of the points.
+    """
+
+    def __init__(self, who: str, model: nn.Module, what: Patterns = "*", want: Want = None) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"{who}: model is {type(model).__name__}; expected a torch.nn.Module")
+        there = ModelPoints(model)
+        if not there:
+            raise ValueError(
+                f"{who}: {type(_original(model)).__name__} has no points; put ro.nn.Point() where a gradient is "
+                "wanted, or use modules of retainops.nn such as ro.nn.MulSin"
+            )
+        wants = _choose(who, list(there), _as_mapping(who, what, want))
+        slots = {name: Slot(name, wants[name]) for name in there if name in wants}
+        requests: dict[HoldsPoints, dict[str, Slot]] = {}
+        for name, slot in slots.items():
+            requests.setdefault(there[name].module, {})[there[name].info.name] = slot
+        self._of_modules = [(module, Retained.of(of_module)) for module, of_module in requests.items()]
+        self.kept = Retained.of(slots)
+
+    def on(self) -> None:
+        """From here on the modules hold the request."""
+        for module, request in self._of_modules:
+            module._requests += (request,)
+
+    def off(self) -> None:
+        """The modules are as they were, but for what others ask of them. Off already: nothing happens."""
+        for module, request in self._of_modules:
             module._requests = tuple(other for other in module._requests if other is not request)
 
 
 def _original(module: nn.Module) -> nn.Module:
-    """What torch.compile wrapped, or the module itself."""
-    return getattr(module, "_orig_mod", module)
+    """What torch.compile or DistributedDataParallel wrapped, or the module itself."""
+    while True:
+        inner = getattr(module, "_orig_mod", module.module if isinstance(module, DistributedDataParallel) else module)
+        if inner is module:
+            return module
+        module = inner
 
 
 def _points_in(model: nn.Module) -> Iterator[ModelPoint]:
     holder_of = {child: type(parent).__name__ for parent in model.modules() for child in parent.children()}
-    for path, module in model.named_modules():
+    for path, module in _original(model).named_modules():
         if isinstance(module, HoldsPoints):
-            # torch.compile's wrapper is no part of the model: the names are those without it.
-            parts = [part for part in path.split(".") if part not in ("", "_orig_mod")]
+            parts = [part for part in path.split(".") if part not in WRAPPED]
             kind, holder = type(module).__name__, holder_of.get(module)
-            where = kind if holder in (None, "OptimizedModule") else f"{kind} in {holder}"
+            where = kind if holder in (None, *WRAPPERS) else f"{kind} in {holder}"
             for info in module.point_infos():
                 yield ModelPoint(".".join([*parts, info.name] if info.name else parts), where, module, info)
 
@@ -173,22 +204,22 @@ Matcher = tuple[str, Callable[[str], bool], Want]
 """A pattern as it was written, as a test of a name, and what is wanted of the names that pass."""
 
 
-def _as_mapping(what: Patterns, want: Want) -> list[Matcher]:
+def _as_mapping(who: str, what: Patterns, want: Want) -> list[Matcher]:
     if isinstance(what, Mapping):
         if want is not None:
-            raise ValueError("retain: want is given, and the mapping gives one to each pattern; leave out want")
+            raise ValueError(f"{who}: want is given, and the mapping gives one to each pattern; leave out want")
         pairs = list(what.items())
     elif callable(what):
-        _check_want(want)
+        _check_want(who, want)
         return [(getattr(what, "__name__", repr(what)), what, want)]
     else:
         pairs = [(pattern, want) for pattern in ([what] if isinstance(what, str) else what)]
     if not pairs:
-        raise ValueError('retain: no pattern given; "*" asks for every point')
+        raise ValueError(f'{who}: no pattern given; "*" asks for every point')
     for pattern, each in pairs:
         if not isinstance(pattern, str):
-            raise TypeError(f"retain: a pattern is {type(pattern).__name__}; expected a string, such as 'layers.*'")
-        _check_want(each)
+            raise TypeError(f"{who}: a pattern is {type(pattern).__name__}; expected a string, such as 'layers.*'")
+        _check_want(who, each)
     return [(pattern, _glob(pattern), each) for pattern, each in pairs]
 
 
@@ -196,20 +227,20 @@ def _glob(pattern: str) -> Callable[[str], bool]:
     return lambda name: fnmatch.fnmatchcase(name, pattern)
 
 
-def _check_want(want: Want) -> None:
+def _check_want(who: str, want: Want) -> None:
     if want is not None and not isinstance(want, (Into, Stats)):
-        raise TypeError(f"retain: a want is {type(want).__name__}; expected None, Into(buffer) or Stats(...)")
+        raise TypeError(f"{who}: a want is {type(want).__name__}; expected None, Into(buffer) or Stats(...)")
 
 
-def _choose(names: list[str], matchers: list[Matcher]) -> dict[str, Want]:
+def _choose(who: str, names: list[str], matchers: list[Matcher]) -> dict[str, Want]:
     wants: dict[str, Want] = {}
     for pattern, matches, want in matchers:
         chosen = [name for name in names if matches(name)]
         if not chosen:
-            raise KeyError(f"retain: '{pattern}' matches no point; there are: {listed(names)}")
+            raise KeyError(f"{who}: '{pattern}' matches no point; there are: {listed(names)}")
         if isinstance(want, Into) and len(chosen) > 1:
             raise ValueError(
-                f"retain: one Into buffer for {listed(chosen)}; give each name its own: "
+                f"{who}: one Into buffer for {listed(chosen)}; give each name its own: "
                 f"{{'{chosen[0]}': Into(...), ...}}"
             )
         wants.update(dict.fromkeys(chosen, want))

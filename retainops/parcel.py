@@ -22,15 +22,15 @@ class Parcel(torch.Tensor):
     """To autograd a 0-dim float32 tensor; carries named tensors of any shape. Adding two merges them."""
 
     _names: tuple[str, ...]
-    _point: str  # whose they are, for messages
+    _op: str  # that gave them, for messages; not the point: a graph is one for all layers, whatever they are called
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
-    def __new__(cls, point: str, names: tuple[str, ...], parts: Sequence[torch.Tensor]) -> Parcel:
+    def __new__(cls, op: str, names: tuple[str, ...], parts: Sequence[torch.Tensor]) -> Parcel:
         return torch.Tensor._make_wrapper_subclass(cls, (), dtype=torch.float32, device=parts[0].device)
 
-    def __init__(self, point: str, names: tuple[str, ...], parts: Sequence[torch.Tensor]) -> None:
-        self._point, self._names = point, names
+    def __init__(self, op: str, names: tuple[str, ...], parts: Sequence[torch.Tensor]) -> None:
+        self._op, self._names = op, names
         for name, part in zip(names, parts, strict=True):
             setattr(self, f"_{name}", part)
 
@@ -42,12 +42,12 @@ class Parcel(torch.Tensor):
         return f"Parcel({self.parts()})"
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[str, tuple[str, ...]]]:
-        return [f"_{name}" for name in self._names], (self._point, self._names)
+        return [f"_{name}" for name in self._names], (self._op, self._names)
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, torch.Tensor], meta: tuple[str, tuple[str, ...]], *_: Any) -> Parcel:
-        point, names = meta
-        return Parcel(point, names, [inner[f"_{name}"] for name in names])
+        op, names = meta
+        return Parcel(op, names, [inner[f"_{name}"] for name in names])
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
@@ -56,9 +56,9 @@ class Parcel(torch.Tensor):
             return _add(*args[:2])
         # What autograd does to a gradient on its way to a leaf, and to a leaf on its way into a graph.
         if op in (aten.detach, aten.alias, aten.clone, aten.view, aten.new_empty_strided, aten.empty_like):
-            return Parcel(args[0]._point, args[0]._names, list(args[0].parts().values()))
+            return Parcel(args[0]._op, args[0]._names, list(args[0].parts().values()))
         if op is aten.copy_:
-            args[0].__init__(args[1]._point, args[1]._names, list(args[1].parts().values()))
+            args[0].__init__(args[1]._op, args[1]._names, list(args[1].parts().values()))
             return args[0]
         raise RuntimeError(f"the gradient of a slot inside torch.compile came to {func}, which is not defined for it")
 
@@ -68,15 +68,15 @@ def _add(x: Parcel, y: Parcel) -> Parcel:
     for name, part in ours.items():
         if part.shape != theirs[name].shape:
             raise RuntimeError(
-                f"point '{x._point}' inside torch.compile was used with two shapes before one backward: "
+                f"{x._op}: a point inside torch.compile was used with two shapes before one backward: "
                 f"{tuple(part.shape)} and {tuple(theirs[name].shape)}; give each use a slot of its own"
             )
-    return Parcel(x._point, x._names, [MERGE[name](part, theirs[name]) for name, part in ours.items()])
+    return Parcel(x._op, x._names, [MERGE[name](part, theirs[name]) for name, part in ours.items()])
 
 
-def pack(point: str, names: tuple[str, ...], *parts: torch.Tensor) -> torch.Tensor:
+def pack(op: str, names: tuple[str, ...], *parts: torch.Tensor) -> torch.Tensor:
     """A parcel, made inside a compiled graph."""
-    return Parcel(point, names, parts)
+    return Parcel(op, names, parts)
 
 
 @functools.cache
@@ -85,9 +85,9 @@ def _let_dynamo_keep_pack() -> None:
     torch.compiler.allow_in_graph(pack)
 
 
-def carrier(point: str) -> torch.Tensor:
+def carrier() -> torch.Tensor:
     """A leaf for a slot inside torch.compile."""
     _let_dynamo_keep_pack()
     # On the GPU where one is in use: a CPU input would keep CUDA graphs away from the whole graph.
     device = "cuda" if torch.cuda.is_available() and torch.cuda.is_initialized() else "cpu"
-    return Parcel(point, ("dense",), [torch.empty((), device=device)]).requires_grad_()  # nobody reads its value
+    return Parcel("", ("dense",), [torch.empty((), device=device)]).requires_grad_()  # nobody reads its value

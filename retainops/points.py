@@ -42,9 +42,9 @@ class CompiledTap(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, carrier: torch.Tensor, point: str, names: tuple[str, ...], over: str
+        ctx: Any, x: torch.Tensor, carrier: torch.Tensor, op: str, names: tuple[str, ...], over: str
     ) -> torch.Tensor:
-        ctx.point, ctx.names, ctx.over = point, names, over
+        ctx.op, ctx.names, ctx.over = op, names, over
         if "act_grad" in names:
             ctx.save_for_backward(x)
         return x.view_as(x)
@@ -56,7 +56,7 @@ class CompiledTap(torch.autograd.Function):
         parts = parts_of(stats, ctx.over, grad, value)
         if "dense" in ctx.names:
             parts.insert(0, grad.clone())  # what a slot holds is its own; Inductor stores it from the same loop
-        return grad, parcel.pack(ctx.point, ctx.names, *parts), None, None, None
+        return grad, parcel.pack(ctx.op, ctx.names, *parts), None, None, None
 
 
 def tap(
@@ -74,7 +74,8 @@ def tap(
         if isinstance(slot.want, Stats):
             over = slot.want.over
             slot.want.check(op, slot.name, value.shape, value.dtype, value.device)
-        return CompiledTap.apply(value, slot.carrier, slot.name, slot.parts, over)
+        # No name of the point: a graph with one is for one layer of a model alone.
+        return CompiledTap.apply(value, slot.carrier, op, slot.parts, over)
     if leaf is None:
         leaf = slot.bind(op, value.shape, value.dtype, value.device)
     return Tap.apply(value, leaf if view is None else view, leaf, slot, op)

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
 
 import torch
 
 from retainops.buffers import Into
+from retainops.ranks import all_reduce
 from retainops.slots import Slot
 from retainops.stats import Stats
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class Retained(Mapping[str, Slot]):
@@ -86,6 +92,37 @@ class Retained(Mapping[str, Slot]):
         """Name of a point -> {"grad": its gradient, and each statistic asked for}; None for what is not there."""
         return {name: slot._readings() for name, slot in self._slots.items()}
 
+    def all_reduce(self, group: ProcessGroup | None = None, patterns: str | Sequence[str] = "*") -> None:
+        """Put the statistics of all ranks together, each by its rule: sums and counts add up, amax is the largest.
+
+        Afterwards every rank has the same ones, of all gradient values of all ranks. A point that no gradient came to
+        on this rank, but on another, has them too. Full gradients stay as they are. Call it on every rank of the group,
+        after the last backward and before anything is read; it waits for the GPU.
+
+        Of a gradient that is a DTensor each shard counts once, however many ranks of the group hold it.
+
+        Under DistributedDataParallel and `fully_shard` an interior's gradient is that of the rank's own loss. To
+        compare with one process, whose loss is the mean over all ranks' batches, divide l2, sum, abs_sum, amax, mean
+        and act_grad by the number of ranks (docs/distributed.md).
+
+        Args:
+            group: the process group; None: the default one.
+            patterns: glob patterns of the names to reduce.
+
+        Raises:
+            RuntimeError: there is no process group, the ranks ask for different statistics, or these were reduced over
+                this group already.
+            ValueError: there are no statistics, or some over rows, which are each rank's own.
+
+        Example:
+            >>> with ro.retain(ddp_model, "layers.*", ro.Stats("l2", "amax")) as kept:
+            ...     ddp_model(x).mean().backward()
+            >>> kept.all_reduce()
+        """
+        names = [patterns] if isinstance(patterns, str) else patterns
+        chosen = {name: slot for name, slot in self._slots.items() if any(fnmatchcase(name, p) for p in names)}
+        all_reduce(chosen, group)
+
     def state(self) -> dict[str, torch.Tensor]:
         """What is there, flat and detached: {"layers.0.act.grad": ..., "layers.0.act.l2": ...}, for `torch.save`."""
         found = ((f"{name}.{what}", t) for name, of in self.to_dict().items() for what, t in of.items())
@@ -113,7 +150,7 @@ class Retained(Mapping[str, Slot]):
             raise ValueError(
                 f'first_nonfinite: nothing tells of {listed(silent)}; ask for the gradient, or for Stats("nonfinite")'
             )
-        arrived = _in_backward_order(self._slots)
+        arrived = in_backward_order(self._slots)
         if not arrived:
             raise RuntimeError("first_nonfinite: no gradient has come to any point; call backward() first")
         return next((name for name in arrived if self._slots[name]._is_finite() is False), None)
@@ -123,7 +160,8 @@ class Retained(Mapping[str, Slot]):
         return "\n".join(["Retained", *aligned(rows)])
 
 
-def _in_backward_order(slots: Mapping[str, Slot]) -> list[str]:
+def in_backward_order(slots: Mapping[str, Slot]) -> list[str]:
+    """The names of the points that a gradient came to, in the order of backward as far as it is known."""
     place = {name: i for i, name in enumerate(slots)}
     arrivals = sorted((slot._arrival, name) for name, slot in slots.items() if slot._arrival is not None)
     order: list[str] = []

@@ -73,17 +73,20 @@ class Slot:
         self._filled = False  # an Into buffer holds a gradient
         self._may_rebind = False
         self._parts: dict[str, Part] = {}
+        self._reduced_over: set[tuple[int, ...]] = set()  # ranks that the statistics are of, beside this one
         self._arrival: Arrival | None = None
         self._connect()
 
     def _connect(self) -> None:
+        # Leaves of other shapes since `reset()`, which statistics may come to as well; a graph holds each of them.
+        self._others: weakref.WeakValueDictionary[int, torch.Tensor] = weakref.WeakValueDictionary()
         self._lock = threading.RLock()  # threads may use one slot at once; backward calls come from several anyway
-        self.carrier = parcel.carrier(self.name)
+        self.carrier = parcel.carrier()
         self.carrier.register_post_accumulate_grad_hook(functools.partial(_outside_graphs(), weakref.ref(self)))
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles take the gradient along, and get a lock and a carrier of their own."""
-        return {name: value for name, value in self.__dict__.items() if name not in ("_lock", "carrier")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_lock", "_others", "carrier")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -134,6 +137,8 @@ class Slot:
         self._filled = False
         self._may_rebind = True
         self._parts = {}
+        self._reduced_over = set()
+        self._others.clear()
         self._arrival = None
         self.carrier.grad = None
         if self._leaf is not None:
@@ -143,7 +148,8 @@ class Slot:
         """The leaf for an interior of this shape, dtype and device: made at the first use, the same one after that.
 
         Raises:
-            RuntimeError: the slot was used with another shape, dtype or device and not reset since.
+            RuntimeError: the slot was used with another shape, dtype or device and not reset since. (Statistics without
+                the gradient take other shapes, if they have the same shape themselves: one number has.)
             ValueError: the `Into` buffer does not fit, or the `Stats` cannot be taken.
         """
         with self._lock:
@@ -155,19 +161,31 @@ class Slot:
             self._may_rebind = False
             return leaf
         if leaf is not None and not self._may_rebind:
-            raise RuntimeError(
-                f"{op}: point '{self.name}' has shape {tuple(shape)}, {dtype}, on {device} here, but its slot holds "
-                f"one of shape {tuple(leaf.shape)}, {leaf.dtype}, on {leaf.device}; call reset() on it between the "
-                "two, or use one Retained for each"
-            )
+            if not self._adds_up(leaf, shape, dtype, device):
+                raise RuntimeError(
+                    f"{op}: point '{self.name}' has shape {tuple(shape)}, {dtype}, on {device} here, but its slot "
+                    f"holds one of shape {tuple(leaf.shape)}, {leaf.dtype}, on {leaf.device}; call reset() on it "
+                    "between the two, or use one Retained for each"
+                )
+            self._others[id(leaf)] = leaf
         if self.want is not None:
             self.want.check(op, self.name, shape, dtype, device)
+        self._leaf = self._new_leaf(shape, dtype, device)
+        self._may_rebind = False
+        return self._leaf
+
+    def _adds_up(self, leaf: torch.Tensor, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> bool:
+        want = self.want
+        if not isinstance(want, Stats) or want.grad or (leaf.dtype, leaf.device) != (dtype, device):
+            return False
+        return want.shape(shape) == want.shape(leaf.shape)
+
+    @staticmethod
+    def _new_leaf(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         # One stored element, whatever the shape: a slot costs no memory until its gradient arrives.
         is_real = not torch._C._len_torch_dispatch_stack()  # a mode may make tensors that mean nothing outside it
         zero = _zero(dtype, device) if is_real else torch.zeros((), dtype=dtype, device=device)
-        self._leaf = zero.expand(shape).requires_grad_()
-        self._may_rebind = False
-        return self._leaf
+        return zero.expand(shape).requires_grad_()
 
     def answer(self, op: str, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Answer:
         """For an op's backward: a tensor to write the gradient to, dense and new or the caller's buffer.
@@ -192,7 +210,7 @@ class Slot:
 
     def merge(self, parts: Mapping[str, Part], leaf: torch.Tensor | None = None) -> None:
         """Take one backward call's parts of statistics, unless they come to a leaf that a reset has done away with."""
-        if leaf is not None and leaf is not self._leaf:
+        if leaf is not None and leaf is not self._leaf and self._others.get(id(leaf)) is not leaf:
             return
         with self._lock:
             self._note_arrival()

@@ -7,11 +7,14 @@ the statistic when it is read. So a statistic speaks of all gradient values that
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+
+from retainops.shards import alike, is_dtensor, on_shards, parts_of_shards, together
 
 HIST_BINS = 256
 """Bin i counts the elements with 2**(i - 127) <= |g| < 2**(i - 126): the exponent field of float32. Bin 0 holds zeros
@@ -119,6 +122,10 @@ class Stats:
         return f"Stats({', '.join(self.names)}{more}{', grad=True' if self.grad else ''})"
 
 
+def _dims(over: str, ndim: int) -> tuple[int, ...]:
+    return {"tensor": tuple(range(ndim)), "rows": (-1,), "channels": tuple(range(ndim - 1))}[over]
+
+
 def parts_of(wanted: tuple[str, ...], over: str, g: torch.Tensor, value: torch.Tensor | None) -> list[torch.Tensor]:
     """The parts of a gradient's statistics, in plain PyTorch: what kernels compute as they go.
 
@@ -128,8 +135,11 @@ def parts_of(wanted: tuple[str, ...], over: str, g: torch.Tensor, value: torch.T
         g: the gradient, any real dtype.
         value: the interior's value; needed for "act_grad" alone.
     """
+    if is_dtensor(g):
+        dims, shape = _dims(over, g.dim()), Stats("l2", over=over).shape(g.shape)
+        return parts_of_shards(wanted, functools.partial(parts_of, wanted, over), g, value, dims, shape)
     wide = g.to(torch.promote_types(g.dtype, torch.float32))
-    dims = {"tensor": tuple(range(g.dim())), "rows": (-1,), "channels": tuple(range(g.dim() - 1))}[over]
+    dims = _dims(over, g.dim())
 
     def add_up(x: torch.Tensor) -> torch.Tensor:
         return x.sum(dims) if dims else x.clone()  # the gradient itself is autograd's to add to
@@ -197,8 +207,8 @@ Part = torch.Tensor | Shared
 
 
 def total(part: Part) -> torch.Tensor:
-    """A part, whatever it is kept as."""
-    return part.total() if isinstance(part, Shared) else part
+    """A part, whatever it is kept as. That of a DTensor is put together from all ranks of its mesh: all must ask."""
+    return part.total() if isinstance(part, Shared) else together(part)
 
 
 def merge(point: str, old: Mapping[str, Part], new: Mapping[str, Part]) -> dict[str, Part]:
@@ -213,4 +223,10 @@ def merge(point: str, old: Mapping[str, Part], new: Mapping[str, Part]) -> dict[
                 f"point '{point}': statistics of shape {tuple(part.shape)} do not merge with those of shape "
                 f"{tuple(old[name].shape)} from another gradient; call reset() on the slot between the two"
             )
-    return {name: MERGE[name](total(old[name]), total(part)) if name in old else part for name, part in new.items()}
+    return {name: _merged(name, old[name], part) if name in old else part for name, part in new.items()}
+
+
+def _merged(name: str, old: Part, new: Part) -> Part:
+    if isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor) and alike(old, new):
+        return on_shards(MERGE[name], old, new)
+    return MERGE[name](total(old), total(new))

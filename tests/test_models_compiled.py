@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable, Iterator
 
@@ -102,6 +103,21 @@ def test_compiled_in_the_order_people_write_it(way: Callable, inside: bool) -> N
             call(x).sum().backward()
     assert_kept(kept, expected, ALL)
     assert not requests_in(model)
+
+
+def test_layers_compiled_one_by_one_share_their_graphs() -> None:
+    """Of more layers than Dynamo compiles one function for: a graph knows no name of a point."""
+    model, x = make(blocks=torch._dynamo.config.recompile_limit + 2)
+    for block in model.layers:
+        block.compile(fullgraph=True, backend="aot_eager")
+    expected = oracle(model, x)
+    seen = []
+    for asked in (False, True, False, True):
+        with ro.retain(model) if asked else contextlib.nullcontext({}) as kept:
+            model(x).sum().backward()
+        assert_kept(kept, expected, list(expected)) if asked else None
+        seen.append(graphs())
+    assert seen == [2, 4, 4, 4]  # the first layer's input requires no grad
 
 
 def test_compiled_with_statistics_nested_and_twice() -> None:

@@ -16,17 +16,21 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [
     "kernels",
     "_version",
+    "shards",
     "stats",
     "parcel",
     "buffers",
     "slots",
+    "ranks",
     "retained",
+    "readings",
+    "nonfinite",
     "samples",
     "registry",
     "points",
     "dispatch",
 ]
-FLOORS += ["ops", "pointwise", "fuse", "nn", "models", "testing", "integrations", "cli"]
+FLOORS += ["ops", "pointwise", "fuse", "nn", "models", "watcher", "testing", "integrations", "cli"]
 
 
 def imports(file: Path) -> set[str]:

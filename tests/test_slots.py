@@ -251,3 +251,36 @@ def test_the_kernel_writes_where_the_caller_reads() -> None:
         with simulated_gpu(engine=execute):
             ro.mul_sin(a, b, retain=kept).sum().backward()
         assert pointers == [kept.c.grad.data_ptr()]
+
+
+@pytest.mark.parametrize(("over", "rows"), [("tensor", 3), ("channels", 3), ("rows", 6)])
+def test_statistics_alone_take_every_shape_that_they_add_up_over(path: Path, ab: tuple, over: str, rows: int) -> None:
+    """Micro-batches of several lengths: forwards in a row, then backwards, in any order."""
+    (a, b), less = ab, slice(None) if over == "channels" else slice(20)
+    kept = ro.Retained(c=ro.Stats("sum", "amax", over=over))
+    ys = [ro.mul_sin(x, y, retain=kept).sum() for x, y in ((a, b), (a[:rows, less], b[less]), (a, b))]
+    for y in reversed(ys):
+        y.backward()
+    dim = {"tensor": (0, 1), "channels": 0, "rows": 1}[over]
+    whole, part = dc_of(a, b), dc_of(a[:rows, less], b[less])
+    assert_near(kept.c.sum, 2 * whole.sum(dim) + part.sum(dim), 16)
+    assert_near(kept.c.amax, torch.maximum(whole.abs().amax(dim), part.abs().amax(dim)), 4)
+
+
+def test_a_reset_does_away_with_the_graphs_of_every_shape(path: Path, ab: tuple) -> None:
+    a, b = ab
+    kept = ro.Retained(c=ro.Stats("sum"))
+    old = [ro.mul_sin(x, b, retain=kept).sum() for x in (a, a[:3])]
+    kept.reset()
+    ro.mul_sin(a[:2], b, retain=kept).sum().backward()
+    sum(old).backward()
+    assert_near(kept.c.sum, dc_of(a[:2], b).sum(), 16)
+
+
+def test_statistics_that_do_not_add_up_over_shapes(path: Path, ab: tuple) -> None:
+    a, b = ab
+    for want in (ro.Stats("l2", over="rows"), ro.Stats("l2", grad=True)):
+        kept = ro.Retained(c=want)
+        ro.mul_sin(a, b, retain=kept)
+        with pytest.raises(RuntimeError, match=r"shape \(3, 50\).*holds one of shape \(6, 50\).*reset\(\)"):
+            ro.mul_sin(a[:3], b, retain=kept)

@@ -19,7 +19,7 @@ except ImportError as error:
         'retainops.integrations.live needs rich, which is not installed; pip install "retainops[demo]"'
     ) from error
 
-from retainops.integrations._readings import numbers
+from retainops.readings import Readings, numbers, read
 from retainops.retained import Retained
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -74,7 +74,11 @@ class LiveTable:
         """
         if not isinstance(kept, Retained):
             raise TypeError(f"LiveTable.update: kept is {type(kept).__name__}; expected retainops.Retained")
-        self._live.update(self._table(step, numbers(kept), values))
+        self._live.update(self._table(step, numbers(read(kept)), values))
+
+    def __call__(self, step: int, readings: Readings) -> None:
+        """Show a step's readings: for `ro.watch(model, to=table)`, with the table entered around it."""
+        self._live.update(self._table(step, numbers(readings), {}))
 
     def _table(self, step: int, points: dict[str, dict[str, float]], values: dict[str, Any]) -> Table:
         statistics = list(dict.fromkeys(what for of in points.values() for what in of))

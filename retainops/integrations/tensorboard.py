@@ -4,9 +4,30 @@ from __future__ import annotations
 
 from typing import Any
 
-from retainops.integrations._readings import numbers, statistics
+import torch
+
+from retainops.readings import Readings, read
 from retainops.retained import Retained
 from retainops.stats import HIST_BINS
+
+
+class TensorBoard:
+    """For `ro.watch(model, to=TensorBoard(writer))`: writes each step's readings as `log` does.
+
+    Args:
+        writer: as of `log`.
+        prefix: goes before every tag.
+
+    Example:
+        >>> with ro.watch(model, to=TensorBoard(SummaryWriter())) as watcher:
+        ...     train(model, watcher)
+    """
+
+    def __init__(self, writer: Any, prefix: str = "gradients/") -> None:
+        self.writer, self.prefix = writer, prefix
+
+    def __call__(self, step: int, readings: Readings) -> None:
+        write(self.writer, readings, step, self.prefix)
 
 
 def log(writer: Any, kept: Retained, step: int, prefix: str = "") -> None:
@@ -14,7 +35,7 @@ def log(writer: Any, kept: Retained, step: int, prefix: str = "") -> None:
 
     One number is a scalar; of a gradient kept whole, its l2 is. "hist" is a histogram of |g| whose buckets end at
     powers of two (inf and nan are in the bucket above 2**128). Statistics over rows or channels are histograms of
-    their finite values. It reads values, so it waits for the GPU, once for all the scalars. Points that no gradient
+    their finite values. It reads values, so it waits for the GPU, once for all of them. Points that no gradient
     has come to are left out.
 
     Args:
@@ -34,15 +55,20 @@ def log(writer: Any, kept: Retained, step: int, prefix: str = "") -> None:
     """
     if not isinstance(kept, Retained):
         raise TypeError(f"log: kept is {type(kept).__name__}; expected retainops.Retained")
-    for name, values in numbers(kept).items():
-        for what, value in values.items():
-            writer.add_scalar(f"{prefix}{name}/{what}", value, step)
-        for what, t in statistics(kept, name).items():
+    write(writer, read(kept), step, prefix)
+
+
+def write(writer: Any, readings: Readings, step: int, prefix: str = "") -> None:
+    """Write readings as TensorBoard's scalars and histograms; see `log`."""
+    for name, of in readings.items():
+        for what, value in of.items():
             tag = f"{prefix}{name}/{what}"
-            if what == "hist":
-                _add_powers_of_two(writer, tag, t.tolist(), step)
-            elif t.dim() and (finite := t[t.isfinite()]).numel():
-                writer.add_histogram(tag, finite.cpu(), step)
+            if not isinstance(value, torch.Tensor):
+                writer.add_scalar(tag, value, step)
+            elif what == "hist":
+                _add_powers_of_two(writer, tag, value.tolist(), step)
+            elif (finite := value[value.isfinite()]).numel():
+                writer.add_histogram(tag, finite, step)
 
 
 def _add_powers_of_two(writer: Any, tag: str, counts: list[int], step: int) -> None:

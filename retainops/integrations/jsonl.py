@@ -1,0 +1,53 @@
+"""Write readings as JSON lines, which pandas and `jq` read as a table."""
+
+from __future__ import annotations
+
+import json
+import math
+from os import PathLike
+from typing import IO, Any
+
+import torch
+
+from retainops.readings import Readings
+
+
+class JsonLines:
+    """For `ro.watch(model, to=JsonLines(path))`: one line a step and point, each written through at once.
+
+    A line is `{"step": 100, "point": "layers.0.act", "l2": 0.25, "nonfinite": 0}`; statistics over rows or channels are
+    lists. What JSON has no number for is a string, "nan", "inf" or "-inf", which `float()` reads. Points that no
+    gradient came to have no line.
+
+    Args:
+        file: a path, to which lines are added, or an open text file.
+
+    Example:
+        >>> with ro.watch(model, to=JsonLines("gradients.jsonl")) as watcher:
+        ...     train(model, watcher)
+        >>> pandas.read_json("gradients.jsonl", lines=True).pivot(index="point", columns="step", values="l2")
+    """
+
+    def __init__(self, file: str | PathLike[str] | IO[str]) -> None:
+        self._path = file if isinstance(file, (str, PathLike)) else None
+        self._file = None if isinstance(file, (str, PathLike)) else file
+
+    def __call__(self, step: int, readings: Readings) -> None:
+        rows = [{"step": step, "point": name, **_plain(of)} for name, of in readings.items() if of]
+        lines = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+        if self._path is not None:
+            with open(self._path, "a", encoding="utf-8") as file:  # open for the moment: nothing to close, or to lose
+                file.write(lines)
+        elif self._file is not None:
+            self._file.write(lines)
+            self._file.flush()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {what: _plain(x) for what, x in value.items()}
+    if isinstance(value, torch.Tensor):
+        return _plain(value.tolist())
+    if isinstance(value, list):
+        return [_plain(x) for x in value]
+    return value if math.isfinite(value) else str(value)

@@ -1,0 +1,84 @@
+"""Watch interior gradients in a Lightning Trainer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+try:
+    from lightning.pytorch import Callback
+except ImportError:
+    try:
+        from pytorch_lightning import Callback
+    except ImportError as error:
+        raise ImportError(
+            "retainops.integrations.lightning needs lightning, which is not installed; pip install lightning"
+        ) from error
+
+from retainops.readings import Readings
+from retainops.watcher import Watcher, watch
+
+
+class WatchCallback(Callback):
+    """`ro.watch` as a callback of Lightning: `Trainer(callbacks=[WatchCallback("net.layers.*")])`.
+
+    A step is an optimizer step, with the backward calls that it accumulates. It is read before the weights change, so a
+    gradient that is not finite leaves them as they were; under manual optimization it is read at the end of a batch in
+    which an optimizer stepped, so that those of several optimizers are in one. A validation is in no step. Arguments
+    and errors are those of `ro.watch`, raised when training begins.
+
+    Args:
+        *args, **kwargs: as of `ro.watch` after the model: patterns, stats, every, on_nonfinite, group, and `to`: where
+            none is given, numbers go to the trainer's loggers, as "gradients/{point}/{statistic}".
+
+    Attributes:
+        watcher: the watcher while a model is trained, else None.
+
+    Raises:
+        ImportError: on import of this module, where neither lightning nor pytorch_lightning is installed.
+
+    Example:
+        >>> Trainer(callbacks=[WatchCallback("net.layers.*", every=100)]).fit(module, data)
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._args, self._kwargs = args, kwargs
+        self._steps = 0  # the trainer's count when the step began
+        self.watcher: Watcher | None = None
+
+    def close(self) -> None:
+        """Leave the model alone."""
+        if self.watcher is not None:
+            self.watcher.close()
+        self.watcher = None
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        def to_loggers(step: int, readings: Readings) -> None:
+            values = {f"gradients/{name}/{what}": x for name, of in readings.items() for what, x in of.items()}
+            numbers = {tag: x for tag, x in values.items() if not isinstance(x, torch.Tensor)}
+            for logger in trainer.loggers:
+                logger.log_metrics(numbers, step)
+
+        self.close()
+        self.watcher = watch(pl_module, *self._args, **{"to": to_loggers, **self._kwargs}, start=trainer.global_step)
+        self._steps = trainer.global_step
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if self.watcher is not None:
+            self.watcher.begin()
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        if self.watcher is not None and pl_module.automatic_optimization:
+            self.watcher.end()
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        stepped, self._steps = trainer.global_step != self._steps, trainer.global_step
+        if self.watcher is not None and stepped and not pl_module.automatic_optimization:
+            self.watcher.end()
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        self.close()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        self.close()

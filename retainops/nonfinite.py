@@ -1,0 +1,47 @@
+"""The first gradient of a step that is not finite."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from retainops.readings import Reading, Readings
+from retainops.retained import Retained, in_backward_order
+
+
+class NonFiniteGradient(FloatingPointError):
+    """A watched gradient has an inf or a nan.
+
+    Attributes:
+        point: the first such point, in the order of backward.
+        step: the number of the step.
+        readings: all that was read in it.
+    """
+
+    def __init__(self, message: str, point: str, step: int, readings: Readings) -> None:
+        super().__init__(message)
+        self.point, self.step, self.readings = point, step, readings
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self), self.point, self.step, self.readings)
+
+
+def first_nonfinite(kept: Retained, readings: Readings) -> tuple[str, str] | None:
+    """The first point in the order of backward whose count is not 0, and what to say of it."""
+    order = [name for name in in_backward_order(kept) if "nonfinite" in readings[name]]
+    bad = [name for name in order if _count(readings[name]["nonfinite"])]
+    if not bad:
+        return None
+    first, others = bad[0], len(bad) - 1
+    place = order.index(first)
+    before = f"that of '{order[place - 1]}', right before it in backward, is finite" if place else ""
+    after = f"{others} point{'s' * (others > 1)} after it {'have' if others > 1 else 'has'} some too" if others else ""
+    rest = "; ".join(part for part in (before, after) if part)
+    count = _count(readings[first]["nonfinite"])
+    message = f"the gradient of '{first}' has {count} element{'s' * (count > 1)} that {'are' if count > 1 else 'is'}"
+    return first, f"{message} inf or nan" + (f"; {rest}" if rest else "")
+
+
+def _count(reading: Reading) -> int:
+    return int(reading.sum()) if isinstance(reading, torch.Tensor) else int(reading)

@@ -1,0 +1,176 @@
+"""Statistics of all ranks of a process group, put together.
+
+Three small collectives, whatever the number of points: do the ranks ask for the same things; sums; maxima. What a rank
+sends has the same layout whether or not a gradient came to its points, since on another rank one may have.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from retainops.shards import from_order, in_order, is_dtensor
+from retainops.slots import Slot
+from retainops.stats import HIST_BINS, Stats, total
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+Field = tuple[Slot, str, torch.Size]
+"""A part of a slot's statistics, and its shape."""
+
+WHOLE = ("count", "nonfinite", "hist")
+"""Parts that are whole numbers."""
+
+
+def all_reduce(slots: Mapping[str, Slot], group: ProcessGroup | None) -> None:
+    """Merge the slots' statistics over the ranks of a group; see `Retained.all_reduce`."""
+    if not (dist.is_available() and dist.is_initialized()):
+        raise RuntimeError("all_reduce: torch.distributed is not set up; call init_process_group()")
+    asked = {name: slot for name, slot in slots.items() if isinstance(slot.want, Stats)}
+    if not asked:
+        raise ValueError('all_reduce: there are no statistics; ask for some, such as Stats("l2"). Gradients stay local')
+    ranks = tuple(dist.get_process_group_ranks(group))
+    for name, slot in asked.items():
+        if slot.want.over == "rows":  # type: ignore[union-attr]
+            raise ValueError(
+                f"all_reduce: '{name}' has statistics over rows, and each rank's rows are its own; gather them with "
+                "torch.distributed.all_gather, or name other points in patterns"
+            )
+        if ranks in slot._reduced_over:
+            raise RuntimeError(f"all_reduce: '{name}' was reduced over this group already; call reset() in between")
+    device = _device(asked, group)
+    sizes = _agree(asked, device, group)
+    fields = list(_fields(asked, sizes))
+    sums = [field for field in fields if field[1] != "amax"]
+    maxima = [field for field in fields if field[1] == "amax"]
+    counted = {id(slot): _counted(slot, ranks) for slot in asked.values()}
+    came = torch.tensor([float(bool(slot._parts)) for slot in asked.values()], dtype=torch.float64, device=device)
+    added = torch.cat([came, *(_sent(field, counted, device).double() for field in sums)])
+    dist.all_reduce(added, dist.ReduceOp.SUM, group)
+    largest = torch.cat([_zeros(0, torch.int64, device), *(_bits(field, device) for field in maxima)])
+    if maxima:
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group)
+    _put(asked, _cut(added[len(asked) :], sums) | _cut(largest, maxima), added[: len(asked)].tolist())
+    for slot in asked.values():
+        slot._reduced_over.add(ranks)
+
+
+def _device(asked: Mapping[str, Slot], group: ProcessGroup | None) -> torch.device:
+    there = (part for slot in asked.values() for part in map(_local, slot._parts.values()))
+    first = next(there, None)
+    if first is not None:
+        return first.device
+    on_gpu = "nccl" in dist.get_backend(group)
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+
+
+def _local(part: Any) -> torch.Tensor:
+    return part.shares if hasattr(part, "shares") else part
+
+
+def _agree(asked: Mapping[str, Slot], device: torch.device, group: ProcessGroup | None) -> list[int]:
+    """The number of channels of each slot over channels, in order; -1 where no gradient came on any rank.
+
+    Raises:
+        RuntimeError: on every rank, if they ask for different things, or have different numbers of channels.
+    """
+    text = repr([(name, slot.want, slot.parts) for name, slot in asked.items()])
+    layout = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "little")
+    if not _same([layout], device, group)[1]:
+        raise RuntimeError(
+            "all_reduce: the ranks ask for different statistics; ask for the same points and the same Stats on each"
+        )
+    over_channels = {name: slot for name, slot in asked.items() if slot.want.over == "channels"}  # type: ignore[union-attr]
+    own = [next((p.shape[0] for p in slot._parts.values() if len(p.shape)), -1) for slot in over_channels.values()]
+    if not own:
+        return []
+    sizes, same = _same(own, device, group, missing=-1)
+    if not same:
+        raise RuntimeError(
+            f"all_reduce: the ranks' gradients differ in their channels at some of {', '.join(over_channels)}; "
+            "reduce over ranks that hold the same channels"
+        )
+    return sizes
+
+
+def _same(
+    values: list[int], device: torch.device, group: ProcessGroup | None, missing: int | None = None
+) -> tuple[list[int], bool]:
+    """The largest of each value over the ranks, and whether those that are not missing are the same on all."""
+    lowest = [-(2**62) if x == missing else -x for x in values]
+    both = torch.tensor([*values, *lowest], dtype=torch.int64, device=device)
+    dist.all_reduce(both, dist.ReduceOp.MAX, group)
+    most, least = both.tolist()[: len(values)], both.tolist()[len(values) :]
+    return most, all(x in (-low, missing) for x, low in zip(most, least, strict=True))
+
+
+def _fields(asked: Mapping[str, Slot], sizes: list[int]) -> Iterator[Field]:
+    rest = iter(sizes)
+    for slot in asked.values():
+        assert isinstance(slot.want, Stats)
+        shape = torch.Size((max(next(rest), 0),)) if slot.want.over == "channels" else torch.Size(())
+        for name in slot.want.parts:
+            own = torch.Size(()) if name == "count" else torch.Size((*shape, HIST_BINS)) if name == "hist" else shape
+            yield slot, name, own
+
+
+def _counted(slot: Slot, ranks: tuple[int, ...]) -> bool:
+    """Whether this rank's statistics count: of ranks that hold the same ones, the first does.
+
+    Those of a DTensor are of its whole mesh, on every rank of it.
+    """
+    meshes = [part.device_mesh for part in slot._parts.values() if is_dtensor(part)]  # type: ignore[union-attr]
+    for mesh in meshes[:1]:
+        for dim in range(mesh.ndim):
+            along = dist.get_process_group_ranks(mesh.get_group(dim))
+            inside = sum(rank in ranks for rank in along)
+            if 1 < inside < len(along):
+                raise ValueError(f"all_reduce: the group has some of the mesh's ranks {along}; take all or one")
+            if inside > 1 and mesh.get_local_rank(dim):
+                return False
+    return True
+
+
+def _sent(field: Field, counted: Mapping[int, bool], device: torch.device) -> torch.Tensor:
+    slot, name, shape = field
+    if name not in slot._parts:
+        return _zeros(shape.numel(), torch.float64, device)
+    own = total(slot._parts[name]).reshape(-1).to(device)  # of a DTensor: all of its mesh's ranks come here
+    return own if counted[id(slot)] else torch.zeros_like(own)
+
+
+def _bits(field: Field, device: torch.device) -> torch.Tensor:
+    slot, name, shape = field
+    if name not in slot._parts:
+        return _zeros(shape.numel(), torch.int64, device)
+    return in_order(total(slot._parts[name]).double()).reshape(-1).to(device)
+
+
+def _zeros(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.zeros(size, dtype=dtype, device=device)
+
+
+def _cut(flat: torch.Tensor, fields: list[Field]) -> dict[tuple[int, str], torch.Tensor]:
+    pieces = flat.split([shape.numel() for _, _, shape in fields]) if fields else ()
+    return {(id(slot), name): p.view(shape) for (slot, name, shape), p in zip(fields, pieces, strict=True)}
+
+
+def _put(asked: Mapping[str, Slot], found: Mapping[tuple[int, str], torch.Tensor], came: list[float]) -> None:
+    for slot, on_ranks in zip(asked.values(), came, strict=True):
+        if not on_ranks:
+            continue
+        assert isinstance(slot.want, Stats)
+        own = [part for part in map(_local, slot._parts.values()) if part.is_floating_point()]
+        dtype = own[0].dtype if own else torch.float32
+        slot._note_arrival()  # here none may have come: it then counts as the last in backward
+        parts: dict[str, Any] = {}
+        for name in slot.want.parts:
+            value = found[id(slot), name]
+            value = from_order(value, torch.float64) if name == "amax" else value
+            parts[name] = value.to(torch.int64 if name in WHOLE else dtype)
+        slot._parts = parts

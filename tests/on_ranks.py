@@ -1,0 +1,345 @@
+"""What tests/test_distributed.py runs under torchrun: each case on every rank, its results saved to be judged there."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import retainops as ro
+from tests.small_model import Model
+from tests.test_integrations import Chain
+
+EVERY = ro.Stats("l2", "sum", "abs_sum", "amax", "mean", "nonfinite", "act_grad", "hist")
+CHANNELS = ro.Stats("l2", "amax", "mean", "nonfinite", over="channels")
+BATCH, D = 8, 6
+WIDTH = 12
+
+
+class MLP(nn.Module):
+    """What tensor parallelism splits: a column-wise layer, a point, a row-wise layer, a point."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.act, self.down = nn.Linear(D, WIDTH), ro.nn.MulSin(1.5), nn.Linear(WIDTH, D)
+        self.hidden, self.out = ro.nn.Point(), ro.nn.Point()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(self.down(self.hidden(self.act(self.up(x)))))
+
+
+def model_of(kind: type[nn.Module]) -> nn.Module:
+    torch.manual_seed(3)
+    return kind().double()
+
+
+def batch() -> torch.Tensor:
+    return torch.randn(BATCH, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def loss_of(y: torch.Tensor) -> torch.Tensor:
+    return y.square().mean()
+
+
+def step(
+    call: Callable, model: nn.Module, x: torch.Tensor, want: Any = EVERY, what: str = "*"
+) -> tuple[ro.Retained, torch.Tensor]:
+    """One forward and backward; what was retained, and the loss."""
+    with ro.retain(model, what, want) as kept:
+        loss = loss_of(call(x))
+        loss.backward()
+    return kept, loss.detach()
+
+
+def single(kind: type[nn.Module], want: Any = EVERY) -> dict[str, Any]:
+    """The same by one process, on the whole batch."""
+    model, x = model_of(kind), batch()
+    kept, loss = step(model, model, x, want)
+    return {"stats": kept.to_dict(), "loss": loss, "grads": [p.grad for p in model.parameters()]}
+
+
+def data_parallel(wrap: Callable, want: Any = EVERY) -> dict[str, Any]:
+    model = model_of(Model)
+    call = wrap(model)
+    mine = batch().chunk(dist.get_world_size())[dist.get_rank()]
+    kept, loss = step(call, call, mine, want)
+    local = {name: {"act_grad": slot.act_grad} for name, slot in kept.items()} if want is EVERY else {}
+    if want is not None:
+        kept.all_reduce()
+    dist.all_reduce(loss)
+    grads = [whole(p.grad) for p in model.parameters()]
+    return {"stats": kept.to_dict(), "local": local, "loss": loss / dist.get_world_size(), "grads": grads}
+
+
+@functools.cache
+def mesh() -> Any:
+    """One for all cases: torch.compile fails on DTensors, ours or not, where a process made two alike (torch 2.13)."""
+    from torch.distributed.tensor import init_device_mesh
+
+    return init_device_mesh("cpu", (dist.get_world_size(),))
+
+
+def whole(t: Any) -> torch.Tensor:
+    return t.full_tensor() if hasattr(t, "full_tensor") else t
+
+
+def ddp(model: nn.Module) -> nn.Module:
+    return nn.parallel.DistributedDataParallel(model)
+
+
+def fsdp(model: nn.Module) -> nn.Module:
+    from torch.distributed.fsdp import fully_shard
+
+    for layer in model.layers:
+        fully_shard(layer, mesh=mesh())
+    return fully_shard(model, mesh=mesh())
+
+
+def compiled_ddp(model: nn.Module) -> nn.Module:
+    return torch.compile(ddp(model), backend="aot_eager")
+
+
+def case_ddp() -> Any:
+    return data_parallel(ddp)
+
+
+def case_ddp_channels() -> Any:
+    return data_parallel(ddp, CHANNELS)
+
+
+def case_ddp_gradients() -> Any:
+    return data_parallel(ddp, None)
+
+
+def case_ddp_compiled() -> Any:
+    return data_parallel(compiled_ddp)
+
+
+def case_fsdp() -> Any:
+    return data_parallel(fsdp)
+
+
+def case_fsdp_compiled() -> Any:
+    def wrap(model: nn.Module) -> nn.Module:
+        wrapped = fsdp(model)
+        for layer in model.layers:
+            layer.compile(backend="aot_eager")
+        return wrapped
+
+    return data_parallel(wrap)
+
+
+def tensor_parallel(local: bool, over: Any = None, x: torch.Tensor | None = None, want: Any = EVERY) -> Any:
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    model = model_of(MLP)
+    plan = {
+        "up": ColwiseParallel(use_local_output=local),
+        "down": RowwiseParallel(input_layouts=Shard(-1), output_layouts=Replicate(), use_local_output=local),
+    }
+    parallelize_module(model, over or mesh(), plan)
+    kept, loss = step(model, model, batch() if x is None else x, want)
+    return kept, whole(loss), [whole(p.grad) for p in model.parameters()]
+
+
+def case_tensor_parallel_local() -> Any:
+    """Between the layers are plain tensors: shards of the width, which the slots know nothing of."""
+    kept, loss, grads = tensor_parallel(local=True)
+    shape = kept["hidden"].shape
+    kept.all_reduce(patterns=["act.*", "hidden"])  # `out` is the same on every rank
+    return {"stats": kept.to_dict(), "loss": loss, "grads": grads, "shape": shape}
+
+
+def case_tensor_parallel_dtensor() -> Any:
+    kept, loss, grads = tensor_parallel(local=False)
+    before = kept.to_dict()
+    kept.all_reduce()
+    return {"stats": before, "after": kept.to_dict(), "loss": loss, "grads": grads}
+
+
+def case_tensor_parallel_gradients() -> Any:
+    kept, loss, grads = tensor_parallel(local=False, want=None)
+    placements = {name: str(slot.grad.placements) for name, slot in kept.items()}
+    stats = {name: {"grad": whole(slot.grad)} for name, slot in kept.items()}
+    return {"stats": stats, "loss": loss, "grads": grads, "placements": placements}
+
+
+def case_two_dims() -> Any:
+    """Data parallel over one dim of the mesh, tensor parallel over the other."""
+    from torch.distributed.tensor import init_device_mesh
+
+    both = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("dp", "tp"))
+    mine = batch().chunk(2)[both.get_local_rank("dp")]
+    kept, _, _ = tensor_parallel(False, both["tp"], mine)
+    kept.all_reduce()
+    over_dp, _, _ = tensor_parallel(False, both["tp"], mine)
+    over_dp.all_reduce(both.get_group("dp"))
+    return {"stats": kept.to_dict(), "over_dp": over_dp.to_dict()}
+
+
+def case_dtensor_placements() -> Any:
+    """Statistics of a DTensor's gradient, however it is placed, over everything, of uneven shards, twice."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    found = {}
+    for over in ("tensor", "rows", "channels"):
+        want = EVERY if over == "tensor" else ro.Stats(*EVERY.names[:-1], over=over)
+        for placement in (Shard(0), Shard(1), Shard(2), Replicate()):
+            x = distribute_tensor(uneven(), mesh(), [placement]).requires_grad_()
+            kept = ro.Retained(c=want)
+            for scale in (1.0, -3.0):
+                (ro.mul_sin(x, 2.0, retain=kept) * scale).sum().backward()
+            found[over, str(placement)] = kept.to_dict()["c"]
+    return found
+
+
+def uneven() -> torch.Tensor:
+    return torch.randn(5, 3, 7, generator=torch.Generator().manual_seed(2))
+
+
+def case_dtensor_partial() -> Any:
+    """A gradient whose shards are still to be added up."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    x = DTensor.from_local(torch.ones(2, 3), mesh(), [Replicate()], run_check=False).requires_grad_()
+    kept = ro.Retained(c=ro.Stats("l2", "amax", grad=True))
+    local = torch.full((2, 3), float(dist.get_rank() + 1))
+    ro.point(x * 1, "c", retain=kept).backward(DTensor.from_local(local, mesh(), [Partial()], run_check=False))
+    return {"l2": kept.c.l2, "amax": kept.c.amax, "grad": kept.c.grad.full_tensor()}
+
+
+def case_dtensor_compiled() -> Any:
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    x = distribute_tensor(uneven(), mesh(), [Shard(2)]).requires_grad_()
+    kept = ro.Retained(c=ro.Stats("l2", "amax", "nonfinite", "hist"))
+    f = torch.compile(lambda x, kept: ro.mul_sin(x, 2.0, retain=kept), backend="aot_eager", fullgraph=True)
+    f(x, kept).sum().backward()
+    return kept.to_dict()["c"]
+
+
+def gradient(kept: ro.Retained, grad: torch.Tensor) -> None:
+    for name in kept:
+        ro.point(torch.ones_like(grad, requires_grad=True) * 1, name, retain=kept).backward(grad)
+
+
+def case_nan_wins_on_whatever_rank() -> Any:
+    """By all_reduce and in a DTensor: in a maximum of floating-point numbers over ranks it need not."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    rank, world = dist.get_rank(), dist.get_world_size()
+    found = []
+    for bad in range(world):
+        for dtype in (torch.float32, torch.float64, torch.bfloat16):
+            kept, sharded = (ro.Retained(c=ro.Stats("amax", "nonfinite")) for _ in range(2))
+            gradient(kept, torch.tensor([2.0, float("nan") if rank == bad else 3.0 + rank], dtype=dtype))
+            kept.all_reduce()
+            grad = torch.ones(world, dtype=dtype)
+            grad[bad] = float("nan")
+            x = distribute_tensor(torch.ones(world, dtype=dtype), mesh(), [Shard(0)]).requires_grad_()
+            ro.point(x * 1, "c", retain=sharded).backward(distribute_tensor(grad, mesh(), [Shard(0)]))
+            found += [(k.c.amax.item(), k.c.nonfinite.item()) for k in (kept, sharded)]
+    return found
+
+
+def case_points_that_some_ranks_have_no_gradient_for() -> Any:
+    kept = ro.Retained(
+        nowhere=ro.Stats("l2"),
+        somewhere=ro.Stats("sum", "amax", "mean", "hist"),
+        channels=ro.Stats("sum", over="channels"),
+        everywhere=ro.Stats("sum", "nonfinite"),
+        gradient=ro.Stats("sum", grad=True),
+    )
+    of = lambda name: ro.Retained.of({name: kept[name]})  # noqa: E731
+    rank = dist.get_rank()
+    if rank == 1:
+        gradient(of("somewhere"), torch.tensor([1.0, -4.0]))
+        gradient(of("channels"), torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+    gradient(of("gradient"), torch.tensor([float(rank)]))
+    gradient(of("everywhere"), torch.tensor([1.0, float("inf") if rank == 1 else 0.0], dtype=torch.float32))
+    kept_rest = ro.Retained.of({name: kept[name] for name in kept})
+    kept_rest.all_reduce()
+    read = kept.to_dict()
+    only = ro.Retained.of({"everywhere": kept["everywhere"]})
+    return {"read": read, "first": only.first_nonfinite(), "gradient": kept["gradient"].grad}
+
+
+def case_what_is_refused() -> Any:
+    def error(f: Callable[[], object]) -> str:
+        try:
+            f()
+        except Exception as caught:
+            return f"{type(caught).__name__}: {caught}"
+        return "no error"
+
+    rank, g = dist.get_rank(), torch.ones(2, 2 + dist.get_rank())
+    found = {"no statistics": error(lambda: ro.Retained("c").all_reduce())}
+    found["rows"] = error(lambda: ro.Retained(c=ro.Stats("l2", over="rows")).all_reduce())
+    found["others"] = error(lambda: ro.Retained(c=ro.Stats("l2" if rank else "sum")).all_reduce())
+    channels = ro.Retained(c=ro.Stats("l2", over="channels"))
+    gradient(channels, g)
+    found["channels"] = error(channels.all_reduce)
+    twice = ro.Retained(c=ro.Stats("l2"))
+    gradient(twice, g)
+    twice.all_reduce()
+    found["twice"] = error(twice.all_reduce)
+    twice.reset()
+    gradient(twice, g)
+    found["after reset"] = error(twice.all_reduce)
+    alone = dist.new_group([0])
+    found["not in the group"] = error(lambda: ro.watch(Chain(1.0), group=alone).close())
+    return found
+
+
+def case_watch() -> Any:
+    """The sinks of one rank alone; and a nan on one rank stops them all, at one point and step."""
+    rank, world, steps = dist.get_rank(), dist.get_world_size(), []
+    model, mine = ddp(model_of(Model)), batch().chunk(world)[rank]
+    with ro.watch(model, every=2, group="world", to=lambda *read: steps.append(read)) as watcher:
+        for _ in range(3):
+            loss_of(model(mine)).backward()
+            watcher.step()
+    latest = watcher.latest
+    chain, x = Chain(float("nan") if rank == world - 1 else 1.0, 2), torch.ones(2, 3, requires_grad=True)
+    with ro.watch(chain, group="world") as watcher:
+        chain(x).sum().backward()
+        try:
+            watcher.step()
+            stopped = "not at all"
+        except ro.NonFiniteGradient as error:
+            stopped = str(error)
+    return {"steps": steps, "latest": latest, "stopped": stopped}
+
+
+def main(out: Path) -> None:
+    """Run the cases, those that compile on two ranks alone; save what each gives, or the traceback."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    found: dict[str, Any] = {}
+    cases = [name.removeprefix("case_") for name in globals() if name.startswith("case_")]
+    for name in cases:
+        if name.endswith("compiled") and dist.get_world_size() > 2:
+            continue
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                found[name] = globals()[f"case_{name}"]()
+        except Exception:
+            found[name] = traceback.format_exc()
+            print(name, found[name], file=sys.stderr, flush=True)
+            break  # the other ranks may wait for this one
+    torch.save(found, out / f"{dist.get_rank()}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
