@@ -16,6 +16,7 @@ $(READY): setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --no-deps timm==1.0.31  # torchvision, which it asks for, has no build for torch+cpu
 	@touch $(READY)
 
 demo: setup  ## the main job: fit a photograph, keep every layer's interior gradient, draw demo.png

@@ -4,7 +4,8 @@ from retainops import nn, pointwise
 from retainops._version import __version__
 from retainops.buffers import Into
 from retainops.dispatch import backend, explain
-from retainops.fuse import fuse_pointwise
+from retainops.elementwise import fuse_pointwise
+from retainops.fusing import fuse, fuse_rule, unfuse
 from retainops.models import points, retain
 from retainops.nonfinite import NonFiniteGradient
 from retainops.ops.chains import bias_dropout_add, mish, scale_shift, siren, softcap, squared_relu
@@ -52,7 +53,9 @@ __all__ = [
     "bias_gelu",
     "cross_entropy",
     "explain",
+    "fuse",
     "fuse_pointwise",
+    "fuse_rule",
     "geglu",
     "glu",
     "group_norm",
@@ -80,6 +83,7 @@ __all__ = [
     "softmax",
     "squared_relu",
     "swiglu",
+    "unfuse",
     "watch",
 ]
 

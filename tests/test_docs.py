@@ -23,6 +23,7 @@ import pytest
 import torch
 
 from retainops import registry
+from retainops.fusing.registry import RULES
 from retainops.ops.pointwise import BINARY, FAMILY, UNARY
 from tests.conftest import HAS_TRITON
 
@@ -129,7 +130,7 @@ def scratch(tmp_path: Path) -> Iterator[Path]:
     if HAS_TRITON:
         importlib.import_module("retainops.kernels.unary")
     kernels = [vars(module) for name, module in sys.modules.items() if name.startswith("retainops.kernels.")]
-    added_to = [(names, dict(names)) for names in (*kernels, registry._ops, BINARY, UNARY, FAMILY)]
+    added_to = [(names, dict(names)) for names in (*kernels, registry._ops, RULES, BINARY, UNARY, FAMILY)]
     yield tmp_path
     for name in set(sys.modules) - set(modules):
         if name.startswith("retainops.") and str(tmp_path) in str(getattr(sys.modules[name], "__file__", "")):

@@ -30,7 +30,7 @@ FLOORS = [
     "points",
     "dispatch",
 ]
-FLOORS += ["ops", "pointwise", "fuse", "nn", "models", "watcher", "testing", "integrations", "cli"]
+FLOORS += ["ops", "pointwise", "elementwise", "nn", "models", "fusing", "watcher", "testing", "integrations", "cli"]
 
 
 def imports(file: Path) -> set[str]:

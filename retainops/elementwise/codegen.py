@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 from torch.fx import Node
 
-from retainops.fuse.expressions import TILES, Expression, Variables, atom, compose, formulas, identifier, sum_of
-from retainops.fuse.rules import HELPERS, Step
-from retainops.fuse.trace import Traced
+from retainops.elementwise.expressions import TILES, Expression, Variables, atom, compose, formulas, identifier, sum_of
+from retainops.elementwise.rules import HELPERS, Step
+from retainops.elementwise.trace import Traced
 
 FORMAT = 1
 """Of the generated source."""

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 import retainops as ro
-from retainops.fuse.trace import trace
+from retainops.elementwise.trace import trace
 
 SCALE = 2.0
 WEIGHT = torch.ones(3)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from retainops.fuse.trace import Traced
+from retainops.elementwise.trace import Traced
 from retainops.registry import Point
 
 

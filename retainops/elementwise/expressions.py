@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 from torch.fx import Node
 
-from retainops.fuse.rules import HELPERS, Step, literal
-from retainops.fuse.trace import Traced
+from retainops.elementwise.rules import HELPERS, Step, literal
+from retainops.elementwise.trace import Traced
 
 TILES = ("load", "store", "store_grad", "tile")
 _ARGUMENTS = ("X", "Y", "DX", "DY", "DC", "SHAPE", "DTYPE", "BLOCK_M", "BLOCK_N", "at", "dy", "tl", "triton", "retain")

@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 import retainops as ro
-from retainops.fuse.rules import FUNCTIONS, HELPERS, METHODS, ROWS, Row
+from retainops.elementwise.rules import FUNCTIONS, HELPERS, METHODS, ROWS, Row
 from tests.conftest import GPU, HAS_TRITON, Path
 
 INF = float("inf")

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 from torch import fx
 
-from retainops.fuse.rules import Step
-from retainops.fuse.standins import Tracer, Value
+from retainops.elementwise.rules import Step
+from retainops.elementwise.standins import Tracer, Value
 
 
 class Traced(NamedTuple):

@@ -10,9 +10,9 @@ from typing import Any, NoReturn
 import torch
 
 from retainops.dispatch import run
-from retainops.fuse.codegen import generate
-from retainops.fuse.op import record
-from retainops.fuse.trace import trace
+from retainops.elementwise.codegen import generate
+from retainops.elementwise.op import record
+from retainops.elementwise.trace import trace
 from retainops.ops._check import check_elementwise
 from retainops.points import PointTable
 from retainops.retained import Retained

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx import Node
 
-from retainops.fuse import cache
-from retainops.fuse.codegen import Generated
-from retainops.fuse.reference import reference_of
-from retainops.fuse.trace import Traced
+from retainops.elementwise import cache
+from retainops.elementwise.codegen import Generated
+from retainops.elementwise.reference import reference_of
+from retainops.elementwise.trace import Traced
 from retainops.ops import _fused
 from retainops.ops._check import KERNEL_DTYPES, refuses_dtypes
 from retainops.ops._plan import plan

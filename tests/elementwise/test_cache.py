@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import retainops as ro
-from retainops.fuse import cache
+from retainops.elementwise import cache
 from tests.conftest import HAS_TRITON
 
 ROOT = Path(__file__).parent.parent.parent
@@ -120,7 +120,7 @@ def test_no_home(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_folder_of_a_process_goes_with_it(folder: Path) -> None:
     folder.write_text("a file is in its place")
-    code = f"from retainops.fuse import cache; print(cache.load('f', {SOURCE.format(1)!r}).__file__)"
+    code = f"from retainops.elementwise import cache; print(cache.load('f', {SOURCE.format(1)!r}).__file__)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert not Path(done.stdout.strip()).parent.exists()
 
@@ -136,7 +136,7 @@ def test_threads(folder: Path) -> None:
 RACE = """
 import importlib.util, os, sys, time
 from pathlib import Path
-spec = importlib.util.spec_from_file_location("cache", "retainops/fuse/cache.py")  # without torch: it starts at once
+spec = importlib.util.spec_from_file_location("cache", "retainops/elementwise/cache.py")  # without torch
 cache = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(cache)
 go, source, takes_away = Path(sys.argv[1]), sys.argv[2] + "# long\\n" * 5000, sys.argv[3] == "0"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from retainops.fuse.rules import ROWS, Row
+from retainops.elementwise.rules import ROWS, Row
 
 PAGE = Path(__file__).parent.parent.parent / "docs" / "fuse_pointwise.md"
 

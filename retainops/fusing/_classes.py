@@ -1,0 +1,128 @@
+"""The classes of fused modules: a module stays the object that it is, and its class becomes a subclass of its class.
+
+So names, parameters, hooks, state dicts and `isinstance` stay, and torch.compile, which guards on classes, sees the
+change. The original class is known to the new one, so a copy or a pickle of a fused module can be unfused too.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from retainops.fusing._code import Methods, Site, methods, rewritten
+from retainops.nn.point import HoldsPoints
+from retainops.registry import PointInfo
+
+
+class Fused(HoldsPoints):
+    """What the class of every fused module inherits from first.
+
+    Attributes:
+        fused_from: the module's class before.
+        fused_parts: the classes of retainops that it inherits from.
+        fused_sites: the places of its methods that are other code now.
+    """
+
+    fused_from: type[nn.Module]
+    fused_parts: tuple[type[HoldsPoints], ...]
+    fused_sites: tuple[Site, ...]
+
+    def point_infos(self) -> tuple[PointInfo, ...]:
+        return tuple(info for part in self.fused_parts for info in part.point_infos(self))
+
+    def _get_name(self) -> str:
+        return f"{type(self).__name__} (fused)"  # in a model's repr
+
+    def extra_repr(self) -> str:
+        return self.fused_from.extra_repr(self)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Made again from the original class: a class made here has no name to be found by."""
+        return _new, (self.fused_from, self.fused_parts, self.fused_sites), self.__getstate__()
+
+
+def _new(*fusion: Any) -> nn.Module:
+    cls = fused_class(*fusion)
+    return cls.__new__(cls)
+
+
+def fused_class(original: type, parts: tuple[type[HoldsPoints], ...], sites: tuple[Site, ...]) -> type[Fused]:
+    """The subclass of a class with these parts. It has the same name: libraries look classes up by name.
+
+    Raises:
+        LookupError: the code of its methods is not what it was when the sites were found.
+        TypeError: it cannot have such a subclass.
+    """
+    return _fused_class(original, parts, sites, methods(original))
+
+
+@functools.cache
+def _fused_class(
+    original: Any, parts: tuple[type[HoldsPoints], ...], sites: tuple[Site, ...], functions: Methods
+) -> type[Fused]:
+    body = {
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+        "__doc__": original.__doc__,
+        "fused_from": original,
+        "fused_parts": parts,
+        "fused_sites": sites,
+        **rewritten(functions, sites),
+    }
+    part = next((part for part in parts if has_forward(part)), None)
+    if part is not None:
+        body["forward"] = _called_as(original.forward, part.forward)
+    return type(original.__name__, (Fused, *parts, original), body)
+
+
+def has_forward(part: type[HoldsPoints]) -> bool:
+    """Whether a part is a module's whole forward, and not only what its code calls."""
+    return part.forward is not HoldsPoints.forward
+
+
+def _called_as(original: Callable[..., Any], new: Callable[..., Any]) -> Callable[..., Any]:
+    """`new`, whose arguments may be given by the names that they have in `original`."""
+    names = list(inspect.signature(original).parameters)[1:]
+
+    @functools.wraps(original)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if kwargs:
+            args += tuple(kwargs.pop(name) for name in names[len(args) :] if name in kwargs)
+        return new(self, *args, **kwargs)
+
+    return forward
+
+
+def is_fused(module: nn.Module) -> bool:
+    """Whether a module's own class was made here, and not one that something made of such a class."""
+    return "fused_from" in vars(type(module))
+
+
+def why_not(module: nn.Module) -> str | None:
+    """Why a module's class is not to be changed; None: it may be."""
+    cls = type(module)
+    if "forward" in vars(module):
+        return "its forward is set on the module itself"
+    custom = ("__getstate__", "__reduce__", "__reduce_ex__", "__deepcopy__")
+    bases = [c for c in cls.__mro__ if not issubclass(nn.Module, c) and not issubclass(c, HoldsPoints)]
+    if any(name in vars(c) for c in bases for name in custom):
+        return f"{cls.__name__} copies itself in a way of its own"
+    if type(cls) is not type:
+        return f"{cls.__name__} has a metaclass"
+    return None
+
+
+def become(module: nn.Module, parts: tuple[type[HoldsPoints], ...], sites: tuple[Site, ...]) -> None:
+    """Fuse one module."""
+    module.__class__ = fused_class(type(module), parts, sites)
+    module.__dict__["_requests"] = ()
+
+
+def restore(module: nn.Module) -> None:
+    """Unfuse one module."""
+    module.__class__ = type(module).fused_from  # type: ignore[attr-defined]
+    del module.__dict__["_requests"]

@@ -1,0 +1,130 @@
+"""What something computes, found out by trying it on small random data: nothing here touches a model's parameters."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from retainops.ops.pointwise import UNARY
+from retainops.ops.rope import ROPE
+from retainops.points import unretained
+
+FUNCTIONS: dict[Callable[..., Any], str] = {
+    F.relu: "relu",
+    F.gelu: "gelu",
+    F.silu: "silu",
+    F.sigmoid: "sigmoid",
+    F.tanh: "tanh",
+    torch.relu: "relu",
+    torch.sigmoid: "sigmoid",
+    torch.tanh: "tanh",
+}
+"""The name of each function of PyTorch's that has an op, as retainops.ops.pointwise.UNARY has it."""
+
+LIBRARIES = ("torch", "torchvision", "transformers", "timm", "diffusers")
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[torch.Generator]:
+    """Whatever is in force around: gradients, no autocast, CPU tensors, and random numbers that nobody misses."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.autocast("cpu", enabled=False))
+        stack.enter_context(torch.device("cpu"))
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        yield torch.Generator("cpu").manual_seed(7)
+
+
+def recognised(act: Any) -> str | None:
+    """The name of the function that an activation computes, of those that ops have; None: another, or not one alone."""
+    if not isinstance(act, nn.Module):
+        return FUNCTIONS.get(act)
+    # Calls of one that somebody wrote themselves may do more than to return a value.
+    if type(act).__module__.split(".")[0] not in LIBRARIES or "forward" in vars(act):
+        return None
+    if any(True for _ in (*act.parameters(), *act.buffers())):
+        return None
+    with _alone():
+        x = torch.linspace(-6, 6, 97, dtype=torch.float64)  # in both of GELU's forms they differ by 5e-4
+        try:
+            y = type(act).forward(act, x.clone())
+            for name in dict.fromkeys(FUNCTIONS.values()) | {"gelu_tanh": None}:
+                if torch.allclose(y, UNARY[name][1](x), rtol=1e-9, atol=1e-9):
+                    return name
+        except Exception:  # whatever it wants, it is not a tensor alone
+            return None
+    return None
+
+
+@functools.cache
+def rotates_as_rope(function: Callable[..., Any]) -> bool:
+    """Whether a function of (q, k, cos, sin) is `rope` of halves."""
+    with _alone() as generator:
+        shapes = (2, 3, 5, 8), (2, 1, 5, 8), (2, 5, 8), (2, 5, 8)
+        inputs = [torch.randn(s, generator=generator, dtype=torch.float64, requires_grad=True) for s in shapes]
+        try:
+            theirs = function(*inputs)
+            ours = ROPE.reference(*inputs, False, False, unretained)
+            return _agree(theirs, ours, inputs[:2], generator)
+        except Exception:
+            return False
+
+
+def _agree(theirs: Any, ours: Any, leaves: list[Any], generator: torch.Generator, rtol: float = 1e-9) -> bool:
+    """Whether outputs and gradients of random projections of them are the same up to rounding."""
+    theirs, ours = ((y,) if isinstance(y, torch.Tensor) else tuple(y) for y in (theirs, ours))
+    if [(y.shape, y.dtype) for y in theirs] != [(y.shape, y.dtype) for y in ours]:
+        return False
+    slopes = [torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.dtype) for y in theirs]
+    grads = [torch.autograd.grad(ys, leaves, slopes) for ys in (theirs, ours)]
+    pairs = [*zip(theirs, ours, strict=True), *zip(*grads, strict=True)]
+    return all(torch.allclose(a, b, rtol=rtol, atol=rtol * float(b.detach().abs().max())) for a, b in pairs)
+
+
+def same_norm(module: Any, forward: Callable[[Any, torch.Tensor], torch.Tensor]) -> bool:
+    """Whether a norm whose only parameter is its weight computes what `forward` does, in each mix of dtypes.
+
+    Values of 16 bits have to be the same but for one in a hundred: then both round in the same places.
+    """
+    size = module.weight.numel()
+    state = tuple((k, v) for k, v in vars(module).items() if isinstance(v, (int, float, str, bool, type(None))))
+    cls: Any = type(module)
+    return _same_norm(cls, cls.forward, size, state, forward)
+
+
+@functools.cache
+def _same_norm(cls: Any, original: Any, size: int, state: tuple[Any, ...], forward: Callable[..., Any]) -> bool:
+    with _alone() as generator:
+        for x_dtype in (torch.float32, torch.bfloat16, torch.float16):
+            for dtype in dict.fromkeys((torch.float32, x_dtype)):
+                module = cls.__new__(cls)
+                nn.Module.__init__(module)
+                weight = torch.randn(size, generator=generator).to(dtype)
+                vars(module).update(state)
+                module.weight = nn.Parameter(weight)
+                x = (3 * torch.randn(6, size, generator=generator)).to(x_dtype).requires_grad_()
+                try:
+                    theirs, ours = original(module, x), forward(module, x)
+                    if not _same_values(theirs, ours):
+                        return False
+                    leaves = [x, module.weight]
+                    if x_dtype == torch.float32 and not _agree(theirs, ours, leaves, generator, rtol=1e-5):
+                        return False
+                except Exception:
+                    return False
+    return True
+
+
+def _same_values(theirs: torch.Tensor, ours: torch.Tensor) -> bool:
+    if (theirs.shape, theirs.dtype) != (ours.shape, ours.dtype) or not torch.isfinite(ours).all():
+        return False
+    eps = torch.finfo(ours.dtype).eps
+    near = torch.allclose(theirs, ours, rtol=4 * eps, atol=4 * eps)
+    return near and (ours.dtype == torch.float32 or bool((theirs != ours).double().mean() <= 0.01))

@@ -1,0 +1,201 @@
+"""`ro.fuse` and `ro.unfuse`: from the rules' verdicts on each module to a changed model, and back."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+
+from retainops.fusing import rules as _rules  # noqa: F401 - registers them
+from retainops.fusing._classes import Fused, become, fused_class, has_forward, is_fused, restore, why_not
+from retainops.fusing._code import Site, sites_of
+from retainops.fusing.parts import FUNCTION
+from retainops.fusing.registry import RULES, Change, Part, Rule
+from retainops.fusing.table import Row, Table
+from retainops.nn.point import HoldsPoints
+from retainops.retained import listed
+
+
+def fuse(model: nn.Module, *, rules: Sequence[Rule | str] | None = None) -> Table:
+    """Replace what a model computes by the ops of retainops, where a rule knows it: in place, and reversibly.
+
+    The modules stay the objects that they are, with their parameters, names and hooks; their classes become subclasses
+    of their classes. State dicts are the same before and after. `ro.retain(model, ...)` then reaches the interiors,
+    which `ro.points(model)` lists, and `ro.unfuse(model)` gives every module its own class back.
+
+    What is not known for certain is left as it is. A model that is fused already is not changed.
+
+    Args:
+        model: any module: of torch.nn, of transformers, of timm, or of your own; compiled or not.
+        rules: which rules, by name or as `ro.fuse_rule` gives them; None: every one that is registered.
+
+    Returns:
+        A table of `Row`s, one for each place: what is there now, or why it was left.
+
+    Raises:
+        TypeError: `model` is not a module.
+        KeyError: there is no rule of a name; the message lists them.
+
+    Example:
+        >>> print(ro.fuse(model))
+        >>> with ro.retain(model, "model.layers.*.mlp.act", ro.Stats("l2")) as kept:
+        ...     model(input_ids, labels=labels).loss.backward()
+    """
+    model = _checked("fuse", model)
+    return _Fusing(_chosen(rules)).run(model)
+
+
+def unfuse(model: nn.Module) -> Table:
+    """Undo `ro.fuse`: every module is what it was. It works on copies of a fused model, too.
+
+    Args:
+        model: a fused model, or one of its modules.
+
+    Returns:
+        A table of what was restored, and of what could not be.
+
+    Raises:
+        TypeError: `model` is not a module.
+        RuntimeError: it is inside a `with ro.retain(model, ...)`.
+
+    Example:
+        >>> ro.fuse(model)
+        >>> ro.unfuse(model)
+    """
+    model = _checked("unfuse", model)
+    modules = list(model.named_modules())
+    if any(isinstance(m, HoldsPoints) and m._requests for _, m in modules):
+        raise RuntimeError("unfuse: ro.retain(model, ...) holds requests in its modules; unfuse after that `with`")
+    rows = []
+    for name, module in modules:
+        kind = type(module).__name__
+        vars(module).pop(FUNCTION, None)
+        if is_fused(module):
+            restore(module)
+            rows.append(Row(name, kind, "restored"))
+        elif isinstance(module, Fused):
+            rows.append(Row(name, kind, None, "something made another class of its class since; undo that first"))
+        for rule in RULES.values():
+            if (op := rule.undone(module)) is not None:
+                rows.append(Row(name, kind, f"restored, from {op}"))
+    return Table(f"{type(model).__name__}, unfused", rows)
+
+
+def _checked(function: str, model: Any) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{function}: model is {type(model).__name__}; expected a torch.nn.Module")
+    return getattr(model, "_orig_mod", model)  # what torch.compile wrapped
+
+
+def _chosen(rules: Sequence[Rule | str] | None) -> list[Rule]:
+    if rules is None:
+        return list(reversed(RULES.values()))
+    for rule in rules:
+        if not isinstance(rule, Rule) and rule not in RULES:
+            raise KeyError(f"fuse: no rule is called {rule!r}; there are: {listed(RULES)}")
+    return [rule if isinstance(rule, Rule) else RULES[rule] for rule in rules]
+
+
+class _Fusing:
+    """One call of `fuse`: what it did so far."""
+
+    def __init__(self, rules: list[Rule]) -> None:
+        self.of_modules = [rule for rule in rules if not rule.patterns]
+        self.of_code = [(rule, pattern) for rule in rules for pattern in rule.patterns]
+        self.rows: list[Row] = []
+        self.undo: list[Callable[[], Any]] = []
+        self.adopt: list[Callable[[], Any]] = []
+
+    def run(self, model: nn.Module) -> Table:
+        places = {module: name for name, module in model.named_modules()}
+        try:
+            given = {module: self.by_kind(name, module) for module, name in places.items()}
+            for module, parts in given.items():  # once the norms are fused, of which a rule of code asks
+                if parts is not None:
+                    self.by_code(places[module], module, parts)
+            for step in self.adopt:
+                step()
+        except BaseException:  # wholly, or not at all
+            for step in reversed(self.undo):
+                step()
+            raise
+        order = {name: i for i, name in enumerate(places.values())}
+        return Table(f"{type(model).__name__}, fused", sorted(self.rows, key=lambda row: order[row.name]))
+
+    def by_kind(self, name: str, module: Any) -> tuple[Part, ...] | None:
+        """Ask the rules for modules as a whole: what its class is to inherit besides what code calls; None: done."""
+        kind = type(module).__name__
+        if isinstance(module, HoldsPoints):
+            if isinstance(module, Fused):
+                self.rows.append(Row(name, kind, None, "already fused"))
+            return None
+        for rule in self.of_modules:
+            verdict: Any = rule.decide(module)
+            if verdict is None:
+                continue
+            if isinstance(verdict, Change):
+                verdict.apply()
+                self.undo.append(functools.partial(rule.undone, module))
+                self.rows.append(Row(name, kind, verdict.op))
+                continue  # its class may be another rule's
+            reason = verdict if isinstance(verdict, str) else _why_not(module, (verdict,), ())
+            if reason is not None:
+                self.rows.append(Row(name, kind, None, reason))
+                return ()
+            self.rows.append(Row(name, kind, verdict.op.name))
+            if not has_forward(verdict):
+                return (verdict,)
+            self.become(module, (verdict,), ())
+            return None
+        return ()
+
+    def become(self, module: Any, parts: tuple[Part, ...], sites: tuple[Site, ...]) -> None:
+        become(module, parts, sites)
+        self.undo.append(functools.partial(restore, module))
+
+    def by_code(self, name: str, module: Any, parts: tuple[Part, ...]) -> None:
+        """Ask the rules for code about each place in its methods."""
+        cls: Any = type(module)
+        kind = cls.__name__
+        sites: tuple[Site, ...] = ()
+        found: dict[Row, None] = {}  # code may say the same in two branches
+        for rule, pattern in self.of_code:
+            for site in sites_of(cls, pattern, sites):
+                given = dict(site.attributes)
+                names = {n: given[n] for n in inspect.signature(rule.decide).parameters if n in given}
+                verdict: Any = rule.decide(module, **names)
+                if verdict is None:
+                    continue
+                label = f"{rule.name}({', '.join(names.values())})" if names else rule.name
+                more = (*dict.fromkeys((*parts, verdict)),)
+                if isinstance(verdict, str):
+                    reason: str | None = verdict
+                elif verdict in parts and not getattr(verdict, "many", False):
+                    reason = "a second of its kind, whose points would have the same names"
+                else:
+                    reason = _why_not(module, more, (*sites, site))
+                if reason is not None:
+                    found[Row(name, kind, None, f"{label}: {reason}")] = None
+                    continue
+                found[Row(name, kind, label)] = None
+                parts, sites = more, (*sites, site)
+                if hasattr(verdict, "adopt"):
+                    self.adopt.append(functools.partial(verdict.adopt, module, **names))
+        self.rows += found
+        if parts:
+            self.become(module, parts, sites)
+
+
+def _why_not(module: Any, parts: Any, sites: tuple[Site, ...]) -> str | None:
+    """Why a module cannot be given these; None: it can."""
+    cls: Any = type(module)
+    reason = why_not(module)
+    if reason is None:
+        try:
+            fused_class(cls, parts, sites)
+        except (LookupError, TypeError) as error:
+            reason = str(error)
+    return reason

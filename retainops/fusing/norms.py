@@ -1,0 +1,210 @@
+"""Norms and softmax as fused modules have them: forwards around an op, which work with the module's own attributes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from retainops.nn.point import HoldsPoints, gradients_reach
+from retainops.ops.group_norm import GROUP_NORM
+from retainops.ops.norm import ADD_LAYER_NORM, ADD_RMS_NORM, LAYER_NORM, RMS_NORM
+from retainops.ops.softmax import LOG_SOFTMAX, SOFTMAX
+from retainops.points import unretained
+from retainops.registry import Op
+
+Tensor = torch.Tensor
+
+
+class Norm(HoldsPoints):
+    """A norm: its op, and what it calls it with besides x."""
+
+    def arguments(self, x: Tensor) -> tuple[Any, ...]:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm_of(self.op, x)
+
+    def norm_of(self, op: Op, *xs: Tensor) -> Any:
+        inputs = *xs, *self.arguments(xs[-1])
+        # The points are made of the xs alone: where these have no gradient, as in a first layer, nor have they.
+        return self.call(*inputs, op=op) if gradients_reach(*xs) else op.call(*inputs)
+
+
+class OfSum(Norm):
+    """A norm whose module's parent adds, and has it norm the sum: its points are those of the op of a sum."""
+
+    alone: Op
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm_of(self.alone, x)
+
+    def takes_sum(self, x: Tensor) -> bool:
+        """Whether x, or a sum of x, goes to the op as it is."""
+        return True
+
+    def of_sum(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        y, summed = self.norm_of(self.op, x, residual)
+        return y, summed
+
+
+class TorchNorm(Norm):
+    """Autocast on CUDA computes torch.nn's norms in float32, and returns that."""
+
+    normalized_shape: tuple[int, ...] = ()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.normalized_shape and x.shape[-1:] != self.normalized_shape:
+            F.layer_norm(x, self.normalized_shape)  # the error that PyTorch raises
+        return super().forward(_as_autocast_has_it(x))
+
+
+def _widened(x: Tensor) -> bool:
+    return x.is_cuda and torch.is_autocast_enabled("cuda") and x.dtype in (torch.float16, torch.bfloat16)
+
+
+def _as_autocast_has_it(x: Tensor) -> Tensor:
+    return x.float() if _widened(x) else x
+
+
+class LayerNorm(TorchNorm):
+    """torch.nn.LayerNorm over one dim."""
+
+    op = LAYER_NORM
+
+    def arguments(self, x: Tensor) -> tuple[Any, ...]:
+        return self.weight, self.bias, self.eps
+
+
+class LayerNormOfSum(LayerNorm, OfSum):
+    """The same, of a sum."""
+
+    op, alone = ADD_LAYER_NORM, LAYER_NORM
+
+    def takes_sum(self, x: Tensor) -> bool:
+        return not _widened(x)
+
+
+class LayerNorm2d(LayerNorm):
+    """timm's, over the channels of (batch, channels, height, width); its point has the channels last."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class GroupNorm(TorchNorm):
+    """torch.nn.GroupNorm."""
+
+    op = GROUP_NORM
+
+    def arguments(self, x: Tensor) -> tuple[Any, ...]:
+        return self.num_groups, self.weight, self.bias, self.eps
+
+
+class TorchRMSNorm(TorchNorm):
+    """torch.nn.RMSNorm over one dim."""
+
+    op = RMS_NORM
+
+    def arguments(self, x: Tensor) -> tuple[Any, ...]:
+        return self.weight, torch.finfo(x.dtype).eps if self.eps is None else self.eps, 0.0, False
+
+
+class RMSNorm(Norm):
+    """The RMSNorm of a model's own: computed in float32 and rounded once."""
+
+    op = RMS_NORM
+    offset, round_first = 0.0, False
+    weight: nn.Parameter
+
+    def arguments(self, x: Tensor) -> tuple[Any, ...]:
+        return self.weight, epsilon(self), self.offset, self.round_first
+
+    @classmethod
+    def plain(cls, module: Any, x: Tensor) -> Tensor:
+        """What it would compute for a module that is not fused."""
+        return RMS_NORM.reference(x, module.weight, epsilon(module), cls.offset, cls.round_first, unretained)
+
+
+class LlamaRMSNorm(RMSNorm):
+    """LLaMA's and its relatives': rounded before the weight too."""
+
+    round_first = True
+
+
+class GemmaRMSNorm(RMSNorm):
+    """Gemma's: its weight is near 0."""
+
+    offset = 1.0
+
+
+class T5RMSNorm(LlamaRMSNorm):
+    """T5's: it rounds to the weight's dtype, not to x's, and only if that has 16 bits."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == self.weight.dtype:
+            return super().forward(x)
+        return self.scaled(self.call(x.float(), None, epsilon(self), 0.0, False), self.weight)
+
+    @staticmethod
+    def scaled(xhat: Tensor, weight: Tensor) -> Tensor:
+        return weight * (xhat.to(weight.dtype) if weight.dtype.itemsize == 2 else xhat)
+
+    @classmethod
+    def plain(cls, module: Any, x: Tensor) -> Tensor:
+        if x.dtype == module.weight.dtype:
+            return super().plain(module, x)
+        return cls.scaled(RMS_NORM.reference(x.float(), None, epsilon(module), 0.0, False, unretained), module.weight)
+
+
+def epsilon(module: Any) -> float:
+    """Under the name that this kind of norm has for it."""
+    return module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
+
+
+class RMSNormOfSum(RMSNorm, OfSum):
+    """As the others, of a sum."""
+
+    op, alone = ADD_RMS_NORM, RMS_NORM
+
+
+class LlamaRMSNormOfSum(LlamaRMSNorm, OfSum):
+    """As the others, of a sum."""
+
+    op, alone = ADD_RMS_NORM, RMS_NORM
+
+
+class GemmaRMSNormOfSum(GemmaRMSNorm, OfSum):
+    """As the others, of a sum."""
+
+    op, alone = ADD_RMS_NORM, RMS_NORM
+
+
+OF_SUM: dict[type[HoldsPoints], type[OfSum]] = {
+    LayerNorm: LayerNormOfSum,
+    RMSNorm: RMSNormOfSum,
+    LlamaRMSNorm: LlamaRMSNormOfSum,
+    GemmaRMSNorm: GemmaRMSNormOfSum,
+}
+"""From a norm to the same one for a module whose parent adds."""
+
+
+class Softmax(HoldsPoints):
+    """torch.nn.Softmax."""
+
+    op = SOFTMAX
+    dim: int
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = _as_autocast_has_it(x)
+        if self.dim in (-1, x.dim() - 1):
+            return self.call(x, 1.0, None, False)
+        return self.call(x.movedim(self.dim, -1), 1.0, None, False).movedim(-1, self.dim)
+
+
+class LogSoftmax(Softmax):
+    """torch.nn.LogSoftmax."""
+
+    op = LOG_SOFTMAX

@@ -1,0 +1,149 @@
+"""What rewritten code calls: methods around an op each, which a module inherits when it is fused.
+
+A method that stands for several modules' calls (a linear layer and an activation) calls them one by one where it must:
+where one has hooks, or is another module by now. So whatever happens to a model after it was fused stays right.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.modules import module as torch_module
+
+from retainops.fusing._classes import become, restore
+from retainops.fusing._probe import FUNCTIONS, recognised
+from retainops.fusing.norms import OF_SUM, OfSum
+from retainops.nn.gated import Gated
+from retainops.nn.point import HoldsPoints
+from retainops.ops.gated import GATED, PACKED, UNITS
+from retainops.ops.rope import ROPE
+from retainops.registry import PointInfo, find
+
+Tensor = torch.Tensor
+
+FUNCTION = "_retainops_function"
+"""The attribute of an activation module that names its function, set while the module that calls it is fused."""
+
+UNIT_OF = {function: unit for unit, function in UNITS.items()}
+BIASED = {name: find(f"add_{name}") for name in ("relu", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh")}
+
+
+def bare(module: Any) -> bool:
+    """Whether to call a module is to call the forward of its class: no hook waits for it."""
+    if not isinstance(module, nn.Module):
+        return True
+    return not (
+        "forward" in module.__dict__
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or torch_module._has_any_global_hook()
+    )
+
+
+def function_of(act: Any) -> str | None:
+    """The name of an activation's function, where it was recognised and nothing waits for its call."""
+    if not isinstance(act, nn.Module):
+        return FUNCTIONS.get(act)
+    name = act.__dict__.get(FUNCTION) if bare(act) else None
+    form = act.__dict__.get("approximate")  # torch.nn.GELU's can be set at any time
+    return name if form is None or name is None else "gelu" if form == "none" else "gelu_tanh"
+
+
+class AddNorm(HoldsPoints):
+    """For a module that adds and norms the sum. The points are those of the norm, a module of its own."""
+
+    many = True  # a module may have several: their points are in modules of their own
+
+    def point_infos(self) -> tuple[PointInfo, ...]:
+        return ()
+
+    @staticmethod
+    def adopt(module: nn.Module, *, NORM: str) -> None:
+        norm = getattr(module, NORM)
+        part = type(norm).fused_parts[0]
+        if part in OF_SUM:
+            restore(norm)
+            become(norm, (OF_SUM[part],), ())
+
+    def fused_add_norm(self, norm: Any, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """(norm(x + residual), x + residual)."""
+        tensors = isinstance(x, torch.Tensor) and isinstance(residual, torch.Tensor)
+        if tensors and isinstance(norm, OfSum) and bare(norm) and norm.takes_sum(x):
+            return norm.of_sum(x, residual)
+        summed = x + residual
+        if isinstance(norm, OfSum):
+            summed = norm.point("summed", summed)
+        return norm(summed), summed
+
+
+class CallsActivation(HoldsPoints):
+    """For a module that calls an activation: it marks it with the name of its function."""
+
+    @staticmethod
+    def adopt(module: nn.Module, *, ACT: str, **_: str) -> None:
+        act = getattr(module, ACT)
+        if isinstance(act, nn.Module):
+            act.__dict__[FUNCTION] = recognised(act)
+
+
+class GatedUnit(CallsActivation, Gated):
+    """For a module that computes act(gate) * up, of two tensors or of the halves of one."""
+
+    def point_infos(self) -> tuple[PointInfo, ...]:
+        gate, up = (PointInfo(name, name, f"of {name}") for name in ("gate", "up"))
+        return gate, up, PointInfo("act", "f(gate)", "of gate")
+
+    def fused_gated(self, act: Any, gate: Tensor, up: Tensor) -> Tensor:
+        """act(gate) * up."""
+        unit = UNIT_OF.get(function_of(act) or "")
+        gate, up = self.point("gate", gate), self.point("up", up)
+        return self.point("act", act(gate)) * up if unit is None else self.call(gate, up, op=GATED[unit])
+
+    def fused_packed(self, act: Any, x: Tensor) -> Tensor:
+        """act(gate) * up, gate the first half."""
+        unit = UNIT_OF.get(function_of(act) or "")
+        if unit is not None:
+            return self.call(x, True, op=PACKED[unit])
+        return self.fused_gated(act, *x.chunk(2, dim=-1))
+
+
+class BiasAct(CallsActivation):
+    """For a module that applies a linear layer and an activation; its point is c, what comes out of the layer."""
+
+    def point_infos(self) -> tuple[PointInfo, ...]:
+        return (PointInfo("c", "x @ weight + bias", "of the layer's output"),)
+
+    def fused_bias_act(self, linear: Any, act: Any, x: Tensor) -> Tensor:
+        """act(linear(x))."""
+        op, bias = BIASED.get(function_of(act) or ""), getattr(linear, "bias", None)
+        if op is None or bias is None or not has_plain_product(linear) or not bare(linear):
+            return act(self.point("c", linear(x)))
+        weight = linear.weight if type(linear) is nn.Linear else linear.weight.mT
+        y = F.linear(x, weight)
+        return self.call(y, bias.to(y.dtype), op=op)  # under autocast y has another dtype
+
+
+def has_plain_product(linear: Any) -> bool:
+    """Whether a layer is torch's Linear or transformers' Conv1D, and not something made of one."""
+    cls = type(linear)
+    return cls is nn.Linear or (cls.__name__, cls.__module__) == ("Conv1D", "transformers.pytorch_utils")
+
+
+class Rotary(HoldsPoints):
+    """For an attention module that applies rope by a function; its points are q_rot and k_rot."""
+
+    op = ROPE
+
+    def fused_rope(self, function: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """function(q, k, cos, sin)."""
+        if all(t.dtype == q.dtype for t in (k, cos, sin)) and cos.dim() == 3 and cos.shape[-1] == q.shape[-1]:
+            q_rot, k_rot = self.call(q, k, cos, sin, False, False)
+        else:
+            q_rot, k_rot = function(q, k, cos, sin)
+            q_rot, k_rot = self.point("q_rot", q_rot), self.point("k_rot", k_rot)
+        return q_rot, k_rot

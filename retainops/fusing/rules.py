@@ -1,0 +1,230 @@
+"""The rules that come with retainops. The last one that fits gets a module, so those of a user's own come first."""
+
+from __future__ import annotations
+
+import dis
+import importlib
+import importlib.util
+import inspect
+import re
+from typing import Any
+
+from torch import nn
+
+from retainops.fusing import norms, parts
+from retainops.fusing._probe import recognised, rotates_as_rope, same_norm
+from retainops.fusing.loss import PATH, LMLoss
+from retainops.fusing.registry import Change, Part, fuse_rule
+
+Verdict = Part | Change | str | None
+
+
+@fuse_rule
+def attention(module: nn.Module) -> Verdict:
+    """A Hugging Face model's attention, where retainops has a backend for it."""
+    name = "retainops.integrations.transformers"
+    if importlib.util.find_spec(name) is not None:
+        decide = getattr(importlib.import_module(name), "fuse_attention", None)
+        return decide(module) if decide else None
+    return None
+
+
+@fuse_rule
+def lm_loss(module: Any) -> Verdict:
+    """A Hugging Face model's `loss_function`, where it is that of a language model."""
+    cls = type(module)
+    if not isinstance(getattr(cls, "loss_function", None), property):
+        return None
+    names = inspect.unwrap(cls.forward).__code__.co_names
+    if "loss_function" not in names:
+        made = [name for name in names if name.endswith("Loss") and hasattr(nn, name)]
+        return f"its forward makes its loss itself, by {made[0]}" if made else None
+    if isinstance(module._modules.get(PATH), LMLoss):
+        return "already fused"
+    function = module.loss_function
+    shifts = {"ForCausalLMLoss": True, "ForMaskedLMLoss": False}.get(getattr(function, "__name__", ""))
+    if shifts is None or function.__module__ != "transformers.loss.loss_utils":
+        return f"its loss_function, {getattr(function, '__name__', function)}, is not that of a language model"
+    if hasattr(module, PATH):
+        return f"it has a '{PATH}' of its own"
+
+    def apply() -> None:
+        loss = LMLoss(function, shifts, vars(module).get("_loss_function"))
+        module.add_module(PATH, loss)
+        vars(module)["_loss_function"] = loss
+
+    return Change("cross_entropy", apply)
+
+
+@lm_loss.undo
+def undo_lm_loss(module: Any) -> str | None:
+    """Give the model its own loss back."""
+    loss = module._modules.get(PATH)
+    if not isinstance(loss, LMLoss):
+        return None
+    del module._modules[PATH]
+    if vars(module).get("_loss_function") is loss:  # and not one that was set since
+        del vars(module)["_loss_function"]
+        if loss.was_set is not None:
+            vars(module)["_loss_function"] = loss.was_set
+    return "cross_entropy"
+
+
+@fuse_rule
+def softmax(module: nn.Module) -> Verdict:
+    """torch.nn.Softmax and LogSoftmax."""
+    part = {nn.Softmax: norms.Softmax, nn.LogSoftmax: norms.LogSoftmax}.get(type(module))
+    if part is None:
+        return _overriding(module, nn.Softmax, nn.LogSoftmax)
+    return "it has no dim" if module.dim is None else part
+
+
+@fuse_rule
+def norm(module: Any) -> Verdict:
+    """torch.nn's LayerNorm, RMSNorm and GroupNorm, and timm's."""
+    known = (nn.LayerNorm, norms.LayerNorm), (nn.RMSNorm, norms.TorchRMSNorm), (nn.GroupNorm, norms.GroupNorm)
+    for kind, part in known:
+        if isinstance(module, kind):
+            if type(module).forward is not kind.forward:
+                return _of_timm(module) or _overriding(module, kind)
+            shape: Any = getattr(module, "normalized_shape", (1,))
+            if len(shape) != 1:
+                return f"it is over several dims, {tuple(shape)}"
+            return part
+    return None
+
+
+def _of_timm(module: Any) -> Part | None:
+    """timm's own subclasses, whose forward is that of the base unless a flag is set."""
+    known: dict[str, Part] = {
+        "LayerNorm": norms.LayerNorm,
+        "LayerNorm2d": norms.LayerNorm2d,
+        "GroupNorm": norms.GroupNorm,
+        "GroupNorm1": norms.GroupNorm,
+    }
+    cls = type(module)
+    return known.get(cls.__name__) if cls.__module__ == "timm.layers.norm" and not module._fast_norm else None
+
+
+def _overriding(module: nn.Module, *kinds: Any) -> str | None:
+    """What to say of a subclass of something that is known."""
+    base = next((kind for kind in kinds if isinstance(module, kind)), None)
+    return None if base is None else f"it overrides the forward of torch.nn.{base.__name__}"
+
+
+@fuse_rule
+def rms_norm(module: Any) -> Verdict:
+    """The RMSNorm that a model brings itself: known by its name, its attributes, and what it computes."""
+    cls = type(module)
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) or not _NORMS.search(cls.__name__):
+        return None
+    weight = getattr(module, "weight", None)
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if not isinstance(weight, nn.Parameter) or weight.dim() != 1 or not isinstance(eps, float):
+        return None
+    forwards = [c for c in cls.__mro__[:-1] if c is not nn.Module and "forward" in vars(c)]
+    if len(forwards) > 1:
+        return f"it overrides the forward of {forwards[1].__name__}"
+    if len(list(module.parameters())) + len(list(module.buffers())) != 1 or list(module.children()):
+        return "it has more than a weight"
+    if any(step.opname in ("STORE_ATTR", "STORE_GLOBAL") for step in dis.get_instructions(inspect.unwrap(cls.forward))):
+        return "its forward does more than to return a value"
+    kinds = (norms.LlamaRMSNorm, norms.GemmaRMSNorm, norms.RMSNorm, norms.T5RMSNorm)
+    fits = (kind for kind in kinds if same_norm(module, kind.plain))
+    return next(fits, "no norm of retainops computes what it does")
+
+
+_NORMS = re.compile("rmsnorm|layernorm", re.IGNORECASE)
+
+
+@fuse_rule
+def quantised(module: Any) -> Verdict:
+    """Layers whose weights are not the numbers that they stand for."""
+    cls = type(module)
+    weights = [p for p in module._parameters.values() if p is not None]
+    for weight in weights:
+        if not (weight.is_floating_point() or weight.is_complex()):
+            return f"its weights are {weight.dtype}"
+    kinds = (cls, type(weights[0]) if weights else object, *map(type, module.children()))
+    quantises = [bool(_QUANTISES.search(kind.__module__)) for kind in kinds]
+    if any(quantises[:2]) and all(quantises[2:]):
+        return f"it is quantised, by {cls.__module__.partition('.')[0]}"
+    return None
+
+
+_QUANTISES = re.compile("quant|bitsandbytes|torchao")
+
+
+@fuse_rule(before="apply_rotary_pos_emb(Q, K, COS, SIN)", after="self.fused_rope(apply_rotary_pos_emb, Q, K, COS, SIN)")
+def rope(module: Any) -> Verdict:
+    """Hugging Face's function for it."""
+    function = inspect.unwrap(type(module).forward).__globals__.get("apply_rotary_pos_emb")
+    if function is None or not rotates_as_rope(function):
+        return "its apply_rotary_pos_emb is not that of rope"
+    return parts.Rotary
+
+
+@fuse_rule(
+    before=[
+        "h = X + Y\nr = h\nh = self.NORM(h)",
+        "x = X + Y\nx = x + self.F(self.NORM(x))",
+        "x = X + Y\nx = x + self.H(self.G(self.F(self.NORM(x))))",
+        "self.NORM(X + Y)",
+    ],
+    after=[
+        "h, r = self.fused_add_norm(self.NORM, X, Y)",
+        "fused_normed, x = self.fused_add_norm(self.NORM, X, Y)\nx = x + self.F(fused_normed)",
+        "fused_normed, x = self.fused_add_norm(self.NORM, X, Y)\nx = x + self.H(self.G(self.F(fused_normed)))",
+        "self.fused_add_norm(self.NORM, X, Y)[0]",
+    ],
+)
+def add_norm(module: Any, NORM: str) -> Verdict:
+    """A sum and its norm."""
+    fused = getattr(type(getattr(module, NORM, None)), "fused_parts", ())
+    return parts.AddNorm if set(fused) & {*norms.OF_SUM, *norms.OF_SUM.values()} else None
+
+
+@fuse_rule(
+    before=["h = self.LINEAR(X)\nh = self.ACT(h)", "self.ACT(self.LINEAR(X))"],
+    after=["h = self.fused_bias_act(self.LINEAR, self.ACT, X)", "self.fused_bias_act(self.LINEAR, self.ACT, X)"],
+)
+def bias_act(module: Any, LINEAR: str, ACT: str) -> Verdict:
+    """A linear layer with a bias and an activation."""
+    linear: Any = getattr(module, LINEAR, None)
+    act = getattr(module, ACT, None)
+    if not isinstance(linear, nn.Module) or recognised(act) not in parts.BIASED:
+        return None
+    weight: Any = getattr(linear, "weight", None)
+    if not parts.has_plain_product(linear) or not weight.is_floating_point():
+        linear_like = "linear" in type(linear).__name__.lower()
+        return f"{LINEAR} is a {type(linear).__module__}.{type(linear).__name__}" if linear_like else None
+    if linear.bias is None:
+        return f"{LINEAR} has no bias to fuse with {ACT}"
+    return parts.BiasAct
+
+
+@fuse_rule(
+    before=[
+        "g, u = X.chunk(2, dim=-1)\nu = u * self.ACT(g)",
+        "g, u = X.chunk(2, dim=-1)\nu = self.ACT(g) * u",
+        "_a = self.ACT(self.GATE(X))\nb = Y\nc = _a * b",
+        "self.ACT(self.GATE(X)) * Y",  # not self.ACT(X): Y could change X in place
+        "self.ACT(X) * y",
+        "Y * self.ACT(X)",
+    ],
+    after=[
+        "u = self.fused_packed(self.ACT, X)",
+        "u = self.fused_packed(self.ACT, X)",
+        "_a = self.GATE(X)\nb = Y\nc = self.fused_gated(self.ACT, _a, b)",
+        "self.fused_gated(self.ACT, self.GATE(X), Y)",
+        "self.fused_gated(self.ACT, X, y)",
+        "self.fused_gated(self.ACT, up=Y, gate=X)",
+    ],
+)
+def gated(module: Any, ACT: str) -> Verdict:
+    """act(gate) * up, in a gated MLP."""
+    act = getattr(module, ACT, None)
+    name = recognised(act) if callable(act) else None
+    if name is None:
+        return None
+    return parts.GatedUnit if name in parts.UNIT_OF else f"{ACT} is {name}, and there is no gated unit of it"

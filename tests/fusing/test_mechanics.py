@@ -1,0 +1,631 @@
+"""What `ro.fuse` does to modules, and what it leaves alone, whatever is done to the model before or after."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import pickle
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import retainops as ro
+from retainops.fusing.registry import RULES
+from tests.fusing.families import make, step
+
+
+class Norm(nn.Module):
+    """An RMSNorm as LLaMA's."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(n) + 0.5)
+        self.variance_epsilon = 1e-6
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return self.weight * wide.to(x.dtype)
+
+
+class TinyRMSNorm(Norm):
+    """Known by its name; the forward is its base's."""
+
+
+class Block(nn.Module):
+    """One of everything."""
+
+    def __init__(self, n: int = 8) -> None:
+        super().__init__()
+        self.norm1, self.norm2, self.norm3 = TinyRMSNorm(n), nn.LayerNorm(n), nn.GroupNorm(2, n)
+        self.gate, self.up, self.down = (nn.Linear(n, n) for _ in range(3))
+        self.act, self.gelu = nn.SiLU(), nn.GELU()
+        self.fc = nn.Linear(n, n)
+        self.softmax = nn.Softmax(-1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.norm1(x)
+        h = self.down(self.act(self.gate(h)) * self.up(h))
+        x = x + h
+        residual = x
+        x = self.norm2(x)
+        x = self.fc(x)
+        x = self.gelu(x)
+        return self.softmax(self.norm3(x)) + residual
+
+
+OPS = {"add_norm(norm2)", "bias_act(fc, gelu)", "gated(act)", "rms_norm", "layer_norm", "group_norm", "softmax"}
+POINTS = ["norm1.xhat", "norm2.summed", "norm2.xhat", "norm3.xhat", "gate", "up", "act", "c", "softmax.p"]
+
+
+@pytest.fixture
+def block() -> Block:
+    torch.manual_seed(2)
+    return Block()
+
+
+@pytest.fixture
+def x() -> torch.Tensor:
+    return torch.randn(4, 8, generator=torch.Generator().manual_seed(1), requires_grad=True)
+
+
+def run(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    """The output, and the gradient of a projection of it with respect to x and each parameter."""
+    x, parameters = x.detach().requires_grad_(), list(model.parameters())
+    model.zero_grad()
+    y = model(x)
+    y.backward(torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y))
+    return [y.detach(), x.grad, *(p.grad.clone() for p in parameters)]
+
+
+def assert_same(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> None:
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_one_of_everything(block: Block, x: torch.Tensor) -> None:
+    theirs = run(block, x)
+    before = {name: dict(vars(m)) for name, m in block.named_modules()}
+    table = ro.fuse(block)
+    assert {row.op for row in table} == OPS
+    assert set(POINTS) <= set(ro.points(block))
+    assert_same(run(block, x), theirs)
+    assert isinstance(block, Block)
+    assert isinstance(block.norm2, nn.LayerNorm)
+    assert type(block).__name__ == "Block"
+    assert "LayerNorm (fused)((8,), eps=1e-05" in repr(block)
+    ro.unfuse(block)
+    assert {name: dict(vars(m)) for name, m in block.named_modules()} == before
+    assert all(torch.equal(a, b) for a, b in zip(run(block, x), theirs, strict=True))
+
+
+def test_the_table(block: Block) -> None:
+    table = ro.fuse(nn.Sequential(block, Block()))
+    assert len(table) == 2 * len(OPS)
+    assert table.replaced == tuple(table)
+    assert table[0].name == "0"
+    assert "  *.norm1    TinyRMSNorm  rms_norm            2 times" in repr(table).splitlines()
+    assert repr(ro.fuse(nn.Linear(2, 2))) == "Linear, fused: nothing that a rule knows"
+
+
+def test_fusing_twice_changes_nothing_and_says_so(block: Block, x: torch.Tensor) -> None:
+    ro.fuse(block)
+    kinds, ours = [type(m) for m in block.modules()], run(block, x)
+    table = ro.fuse(block)
+    assert not table.replaced
+    assert {row.why for row in table} == {"already fused"}
+    assert [type(m) for m in block.modules()] == kinds
+    assert all(torch.equal(a, b) for a, b in zip(run(block, x), ours, strict=True))
+
+
+def test_a_part_first_and_the_rest_later(block: Block, x: torch.Tensor) -> None:
+    theirs = run(block, x)
+    ro.fuse(block.norm2)
+    table = ro.fuse(block)
+    assert "add_norm(norm2)" in {row.op for row in table}
+    assert "norm2.summed" in ro.points(block)
+    assert_same(run(block, x), theirs)
+    ro.unfuse(block.norm2)  # and its parent still adds
+    assert_same(run(block, x), theirs)
+    ro.fuse(block.norm2)
+    assert_same(run(block, x), theirs)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+def test_copies_are_fused_and_can_be_unfused(copied: Callable, block: Block, x: torch.Tensor) -> None:
+    theirs = run(block, x)
+    ro.fuse(block)
+    ours = run(block, x)
+    with ro.retain(block):
+        other = copied(block)
+    assert not other._requests
+    assert all(torch.equal(a, b) for a, b in zip(run(other, x), ours, strict=True))
+    with ro.retain(other, POINTS) as kept:
+        run(other, x)
+    assert list(kept) == [name for name in ro.points(other) if name in POINTS]
+    ro.unfuse(other)
+    assert [type(m) for m in other.modules()] == [type(m) for m in Block().modules()]
+    assert all(torch.equal(a, b) for a, b in zip(run(other, x), theirs, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(run(block, x), ours, strict=True))
+
+
+def test_parameters_are_shared_and_move(block: Block, x: torch.Tensor) -> None:
+    parameters, keys = list(block.parameters()), list(block.state_dict())
+    ro.fuse(block)
+    assert all(a is b for a, b in zip(block.parameters(), parameters, strict=True))
+    assert list(block.state_dict()) == keys
+    other = Block()
+    other.load_state_dict(block.state_dict())
+    wide = run(other.double(), x.double())
+    assert_same(run(block.double(), x.double()), wide)
+    half, theirs = block.bfloat16()(x.bfloat16()), other.bfloat16()(x.bfloat16())
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half, theirs, rtol=0.05, atol=0.01)
+    assert block.norm1.weight is parameters[0]
+
+
+def test_tied_weights_and_shared_modules(x: torch.Tensor) -> None:
+    model = nn.Sequential(Block(), Block())
+    model[1].fc.weight = model[0].fc.weight
+    model[1].norm2 = model[0].norm2
+    theirs = run(model, x)
+    table = ro.fuse(model)
+    assert [row.name for row in table if row.op == "add_norm(norm2)"] == ["0", "1"]
+    assert model[1].fc.weight is model[0].fc.weight
+    assert_same(run(model, x), theirs)
+
+
+@pytest.mark.parametrize("name", ["norm1", "norm2", "gate", "up", "down", "act", "gelu", "fc"])
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("kind", ["pre", "forward", "backward pre", "backward"])
+def test_hooks_see_what_they_saw(name: str, when: str, kind: str, block: Block, x: torch.Tensor) -> None:
+    seen: list[torch.Tensor] = []
+
+    def watch(model: nn.Module) -> None:
+        module = model.get_submodule(name)
+        if kind == "pre":
+            module.register_forward_pre_hook(lambda m, args: seen.append(args[0]) or (args[0] * 1.5,))
+        elif kind == "forward":
+            module.register_forward_hook(lambda m, args, out: seen.append(out) or out * 1.5)
+        elif kind == "backward":
+            module.register_full_backward_hook(lambda m, into, out: seen.append(out[0]) or (into[0] * 1.5,))
+        else:
+            module.register_full_backward_pre_hook(lambda m, out: seen.append(out[0]) or (out[0] * 1.5,))
+
+    theirs = copy.deepcopy(block)
+    watch(theirs)
+    expected = run(theirs, x)
+    expected += seen
+    seen.clear()
+    if when == "before":
+        watch(block)
+    ro.fuse(block)
+    if when == "after":
+        watch(block)
+    with ro.retain(block, POINTS) as kept:
+        ours = run(block, x)
+    assert len(seen) == 1
+    assert_same(ours + seen, expected)
+    for point in POINTS:
+        assert kept[point].grad is not None, point
+
+
+def test_points_where_a_hook_has_a_part_called_by_itself(block: Block, x: torch.Tensor) -> None:
+    ro.fuse(block)
+    with ro.retain(block, "*") as kept:
+        run(block, x)
+    for name in ("norm2", "act", "gelu"):
+        block.get_submodule(name).register_forward_hook(lambda m, args, out: None)
+    with ro.retain(block, "*") as again:
+        run(block, x)
+    for point in kept:
+        torch.testing.assert_close(again[point].grad, kept[point].grad, rtol=1e-5, atol=1e-6, msg=point)
+
+
+class Adapted(nn.Module):
+    """A linear layer with a low-rank addition, as LoRA has it."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear, self.a, self.b = linear, nn.Parameter(torch.randn(8, 2)), nn.Parameter(torch.randn(2, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x) + x @ self.a @ self.b
+
+
+def swap(name: str, new: Callable[[nn.Module], nn.Module]) -> Callable[[nn.Module], None]:
+    return lambda model: setattr(model, name, new(getattr(model, name)))
+
+
+class CountingSiLU(nn.Module):
+    """An activation that does more than to return a value."""
+
+    calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return F.silu(x)
+
+
+def test_an_activation_of_somebodys_own_is_called(block: Block, x: torch.Tensor) -> None:
+    block.act = block.gelu = CountingSiLU()
+    expected = run(block, x)
+    ro.fuse(block)
+    assert block.act.calls == 2
+    assert_same(run(block, x), expected)
+    assert block.act.calls == 4
+
+
+CHANGES: dict[str, Callable[[Any], None]] = {
+    "an adapted fc": swap("fc", Adapted),
+    "an adapted gate": swap("gate", Adapted),
+    "another activation": swap("act", lambda _: nn.Tanh()),
+    "an activation of mine": swap("gelu", lambda _: nn.Sequential(nn.GELU(), nn.Tanh())),
+    "another norm": swap("norm2", lambda old: nn.Identity()),
+    "a layer without a bias": lambda m: m.fc.register_parameter("bias", None),
+    "frozen": lambda m: [p.requires_grad_(False) for p in m.fc.parameters()],
+    "weight norm": lambda m: torch.nn.utils.parametrizations.weight_norm(m.fc),
+    "a setting of an activation": lambda m: setattr(m.gelu, "approximate", "tanh"),
+    "forwards set on modules": lambda m: [
+        setattr(m.get_submodule(n), "forward", torch.cos) for n in ("act", "norm2", "fc")
+    ],
+    "another eps": lambda m: setattr(m.norm1, "variance_epsilon", 0.1),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_changes_before_and_after(change: str, when: str, block: Block, x: torch.Tensor) -> None:
+    torch.manual_seed(4)
+    theirs = copy.deepcopy(block)
+    CHANGES[change](theirs)
+    torch.manual_seed(4)
+    if when == "before":
+        CHANGES[change](block)
+    ro.fuse(block)
+    if when == "after":
+        CHANGES[change](block)
+    y, expected = block(x), theirs(x)
+    assert_same([y], [expected])
+    slope = torch.randn_like(y)
+    y.backward(slope)
+    expected.backward(slope)
+    for a, b in zip(block.parameters(), theirs.parameters(), strict=True):
+        assert (a.grad is None) == (b.grad is None)
+        if a.grad is not None:
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_arguments_by_name_and_errors_as_before() -> None:
+    model, x = nn.ModuleList([nn.LayerNorm(8, elementwise_affine=False), TinyRMSNorm(8)]), torch.randn(2, 8)
+    expected = [model[0](x), model[1](x)]
+    ro.fuse(model)
+    torch.testing.assert_close(model[0](input=x), expected[0])
+    torch.testing.assert_close(model[1](x=x), expected[1])
+    with pytest.raises(TypeError, match="unexpected keyword argument 'y'"):
+        model[0](y=x)
+    with pytest.raises(RuntimeError, match=r"normalized_shape=\[8\]"):
+        model[0](torch.randn(2, 9))
+
+
+# What is left alone
+
+
+class Loud(nn.LayerNorm):
+    """It overrides forward."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * 2
+
+
+class LoudRMSNorm(TinyRMSNorm):
+    """It overrides forward."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + 1
+
+
+class OtherRMSNorm(nn.Module):
+    """Its attributes are an RMSNorm's, and it is none."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(n)), 1e-6
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.weight * x * torch.rsqrt(x.abs().mean(-1, keepdim=True) + self.eps)
+
+
+class CountingRMSNorm(Norm):
+    """It counts its calls."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls = getattr(self, "calls", 0) + 1
+        return Norm.forward(self, x)
+
+
+class Counting(nn.Module):
+    """RMSNorm with a side effect, all in one class."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.weight, self.eps, self.calls = nn.Parameter(torch.ones(n)), 1e-6, 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+
+
+Counting.__name__ = "CountingLayerNorm"
+
+
+def patched() -> nn.Module:
+    norm = nn.LayerNorm(8)
+    norm.forward = lambda x: x * 3
+    return norm
+
+
+LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "overriding": (lambda: Loud(8), "it overrides the forward of torch.nn.LayerNorm"),
+    "overriding an RMSNorm": (lambda: LoudRMSNorm(8), "it overrides the forward of Norm"),
+    "another norm": (lambda: OtherRMSNorm(8), "no norm of retainops computes what it does"),
+    "a subclass that counts": (lambda: CountingRMSNorm(8), "it overrides the forward of Norm"),
+    "one that counts": (lambda: Counting(8), "its forward does more than to return a value"),
+    "patched": (patched, "its forward is set on the module itself"),
+    "over two dims": (lambda: nn.LayerNorm((4, 8)), r"it is over several dims, (4, 8)"),
+    "no dim": (lambda: nn.Softmax(), "it has no dim"),
+    "int8": (
+        lambda: nn.ParameterDict({"weight": nn.Parameter(torch.ones(2, dtype=torch.int8), requires_grad=False)}),
+        "its weights are torch.int8",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_left_and_said(name: str) -> None:
+    make_one, why = LEFT[name]
+    module = make_one()
+    kind, state = type(module), dict(vars(module))
+    table = ro.fuse(nn.Sequential(module))
+    assert [(row.name, row.op, row.why) for row in table] == [("0", None, why)]
+    assert (type(module), vars(module)) == (kind, state)
+
+
+class Quantised(nn.Module):
+    """What a quantised linear layer of some library looks like."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(linear.weight.detach().abs().max() / 127)
+        self.weight = nn.Parameter((linear.weight.detach() / self.scale).round().to(torch.int8), requires_grad=False)
+        self.bias = nn.Parameter(linear.bias.detach())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight * self.scale, self.bias)
+
+
+def test_quantised_layers_are_called_as_they_are(block: Block, x: torch.Tensor) -> None:
+    block.gate, block.fc = Quantised(block.gate), Quantised(block.fc)
+    theirs = block(x)
+    table = ro.fuse(block)
+    assert {(row.name, row.why) for row in table.left} == {("gate", WHY), ("fc", WHY)}
+    assert "gated(act)" in {row.op for row in table}
+    torch.testing.assert_close(block(x), theirs)
+
+
+WHY = "its weights are torch.int8"
+
+
+def test_on_meta_it_is_fused_and_nothing_is_made(x: torch.Tensor) -> None:
+    torch.manual_seed(2)
+    theirs = Block()
+    with torch.device("meta"):
+        model = Block()
+        assert {row.op for row in ro.fuse(model)} == OPS
+    assert all(p.is_meta for p in model.parameters())
+    assert model(x.to("meta")).shape == x.shape
+    model.to_empty(device="cpu").load_state_dict(theirs.state_dict())
+    assert_same(run(model, x), run(theirs, x))
+
+
+def test_random_numbers_and_modes_are_left_alone(block: Block) -> None:
+    block.act = nn.RReLU()  # trying it out draws some
+    state = torch.get_rng_state()
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        ro.fuse(block)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert block.training
+    assert all(p.grad is None and not p.is_inference() for p in block.parameters())
+
+
+def test_autocast(block: Block, x: torch.Tensor) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        theirs = run(block, x)
+        ro.fuse(block)
+        ours = run(block, x)
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, rtol=0.1, atol=0.02)
+
+
+def test_without_gradients(block: Block, x: torch.Tensor) -> None:
+    ro.fuse(block)
+    expected = block(x)
+    with ro.retain(block) as kept:
+        with torch.no_grad():
+            assert torch.equal(block(x), expected)
+        with torch.inference_mode():
+            assert torch.equal(block(x), expected)
+    assert all(slot.grad is None for slot in kept.values())
+
+
+def test_unfuse_under_requests_is_an_error(block: Block) -> None:
+    ro.fuse(block)
+    with ro.retain(block), pytest.raises(RuntimeError, match="unfuse: ro.retain.* unfuse after that `with`"):
+        ro.unfuse(block)
+    ro.unfuse(block)
+
+
+def test_wrapped_by_something_else_since(block: Block) -> None:
+    """As fully_shard does it: a class made of the module's."""
+    ro.fuse(block)
+    block.norm2.__class__ = type("Sharded", (type(block.norm2),), {})
+    table = ro.unfuse(block)
+    assert [(row.name, row.why) for row in table.left] == [
+        ("norm2", "something made another class of its class since; undo that first")
+    ]
+
+
+def test_compiled_models(block: Block, x: torch.Tensor) -> None:
+    """Compiled before or after: what runs is what the modules are."""
+    theirs = run(block, x)
+    torch._dynamo.reset()
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    assert_same(run(compiled, x), theirs)
+    assert {row.op for row in ro.fuse(compiled)} == OPS
+    assert_same(run(compiled, x), theirs)
+    with ro.retain(compiled, "norm2.*") as kept:
+        run(compiled, x)
+    assert kept["norm2.xhat"].grad is not None
+    ro.unfuse(compiled)
+    assert type(block) is Block
+    assert_same(run(compiled, x), theirs)
+
+
+def test_wholly_or_not_at_all(block: Block) -> None:
+    def breaks(module: nn.Module) -> None:
+        if isinstance(module, nn.Softmax):
+            raise ZeroDivisionError
+
+    before = {name: (type(m), dict(vars(m))) for name, m in block.named_modules()}
+    rule = ro.fuse_rule(breaks)
+    try:
+        with pytest.raises(ZeroDivisionError):
+            ro.fuse(block)
+    finally:
+        RULES.pop(rule.name)
+    assert {name: (type(m), dict(vars(m))) for name, m in block.named_modules()} == before
+
+
+@pytest.mark.parametrize("function", [ro.fuse, ro.unfuse])
+def test_only_modules(function: Callable) -> None:
+    with pytest.raises(TypeError, match=f"{function.__name__}: model is Tensor; expected a torch.nn.Module"):
+        function(torch.ones(3))
+
+
+# Rules of a user's own
+
+
+@pytest.fixture
+def registry() -> Iterator[None]:
+    before = dict(RULES)
+    yield
+    RULES.clear()
+    RULES.update(before)
+
+
+@pytest.mark.usefixtures("registry")
+def test_a_rule_for_a_class(x: torch.Tensor) -> None:
+    @ro.fuse_rule
+    def mish(module: nn.Module) -> type | None:
+        return ro.nn.Mish if type(module) is nn.Mish else None
+
+    model = nn.Sequential(nn.Linear(8, 8), nn.Mish())
+    theirs = run(model, x)
+    assert [(row.name, row.op) for row in ro.fuse(model)] == [("1", "mish")]
+    assert list(ro.points(model)) == ["1.s", "1.t"]
+    assert_same(run(model, x), theirs)
+    assert repr(model[1]) == "Mish (fused)()"
+
+
+class Modulated(nn.Module):
+    def forward(self, x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+        y = x * (1 + scale) + shift
+        return y.square()
+
+
+class ScaleShift(ro.nn.ScaleShift):
+    def fused_scale_shift(self, x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+        return self.call(x, scale, shift)
+
+    forward = nn.Module.forward  # the module's own
+
+
+@pytest.mark.usefixtures("registry")
+def test_a_rule_for_code(x: torch.Tensor) -> None:
+    @ro.fuse_rule(before="X * (1 + SCALE) + SHIFT", after="self.fused_scale_shift(X, SCALE, SHIFT)")
+    def modulation(module: nn.Module) -> type:
+        return ScaleShift
+
+    model, more = Modulated(), (torch.rand(8), torch.rand(8))
+    theirs = model(x, *more)
+    assert [(row.name, row.op) for row in ro.fuse(model)] == [("", "modulation")]
+    with ro.retain(model, "scaled") as kept:
+        ours = model(x, *more)
+        ours.sum().backward()
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(kept["scaled"].grad, 2 * (x * (1 + more[0]) + more[1]).detach())
+
+
+class Named(ro.nn.HoldsPoints):
+    """A part without a forward: it comes on top of what the module's code calls."""
+
+    op = ro.nn.Mish.op
+
+    def point_infos(self) -> tuple[Any, ...]:
+        return (dataclasses.replace(self.op.points[0], name="named"),)
+
+
+@pytest.mark.usefixtures("registry")
+def test_rules_that_share_a_module(block: Block, x: torch.Tensor) -> None:
+    changed = []
+
+    @ro.fuse_rule
+    def part(module: nn.Module) -> type | None:
+        return Named if type(module) is Block else None
+
+    @ro.fuse_rule
+    def change(module: nn.Module) -> ro.fusing.Change | None:
+        return ro.fusing.Change("changed", lambda: changed.append(module)) if type(module) is Block else None
+
+    @change.undo
+    def unchange(module: nn.Module) -> str | None:
+        return "changed" if changed and changed.pop() else None
+
+    theirs = run(block, x)
+    table = ro.fuse(block)
+    assert [row.op for row in table][:5] == ["changed", "mish", "gated(act)", "bias_act(fc, gelu)", "add_norm(norm2)"]
+    assert changed == [block]
+    assert {"named", "act", "c"} <= set(ro.points(block))
+    assert_same(run(block, x), theirs)
+    assert [row.op for row in ro.unfuse(block)][:2] == ["restored", "restored, from changed"]
+    assert not changed
+    assert type(block) is Block
+
+
+@pytest.mark.usefixtures("registry")
+def test_choosing_rules(block: Block) -> None:
+    table = ro.fuse(block, rules=["softmax", RULES["rms_norm"]])
+    assert {row.op for row in table} == {"softmax", "rms_norm"}
+    with pytest.raises(KeyError, match="fuse: no rule is called 'sofmax'; there are: attention, lm_loss, softmax"):
+        ro.fuse(block, rules=["sofmax"])
+    with pytest.raises(ValueError, match="before has 1 patterns and after 0; expected as many"):
+        ro.fuse_rule(before="X", after=[])
+    with pytest.raises(TypeError, match="it decorates a int; expected a function of a module"):
+        ro.fuse_rule(3)
+
+
+def test_timms_own_norms_and_a_flag() -> None:
+    model, inputs = make("timm convnext")
+    before = step(model, inputs)
+    for module in model.modules():
+        if hasattr(module, "_fast_norm"):
+            module._fast_norm = True
+    table = ro.fuse(model)
+    assert all(row.op.startswith("bias_act") for row in table.replaced)
+    assert {row.why for row in table.left} == {"it overrides the forward of torch.nn.LayerNorm"}
+    assert torch.equal(step(model, inputs)["stem.1.weight"].isnan(), before["stem.1.weight"].isnan())

@@ -1,0 +1,182 @@
+"""Fused models of the transformers library, in that library's own ways."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import retainops as ro
+from tests.conftest import simulated
+from tests.fusing.families import FAMILIES, make, step
+
+DECODERS = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt2", "t5"]
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_generate(name: str) -> None:
+    model, inputs = make(name)
+    model.eval()
+    prompt = {k: v[:1, :4] for k, v in inputs.items() if k != "labels"}
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    expected = model.generate(**prompt, **options)
+    ro.fuse(model)
+    assert torch.equal(model.generate(**prompt, **options), expected)
+    with ro.retain(model):  # nothing has a gradient there, and nothing is asked for
+        assert torch.equal(model.generate(**prompt, **options), expected)
+
+
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if " " not in name])
+def test_save_and_load(name: str, tmp_path: Path) -> None:
+    model, inputs = make(name)
+    model.eval()
+    unfused = step(model, inputs)
+    ro.fuse(model)
+    ours = step(model, inputs)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).fused_from if hasattr(type(model), "fused_from") else type(model)
+    assert loaded.__name__ in (tmp_path / "config.json").read_text()
+    other = loaded.from_pretrained(tmp_path).eval()
+    again = step(other, inputs)
+    assert all(torch.equal(again[what], unfused[what]) for what in unfused)
+    ro.fuse(other)
+    again = step(other, inputs)
+    assert all(torch.equal(again[what], ours[what]) for what in ours)
+
+
+@pytest.mark.parametrize("name", ["llama", "t5", "vit"])
+def test_outputs_of_layers_and_checkpoints(name: str) -> None:
+    """What the library records by hooks; and layers that run once more in backward."""
+    model, inputs = make(name)
+    more = {"output_hidden_states": True}
+    model.eval()
+    before = model(**inputs, **more)
+    model.train()
+    expected = step(model, inputs)
+    ro.fuse(model)
+    model.eval()
+    after = model(**inputs, **more)
+    for key in ("hidden_states", "encoder_hidden_states", "decoder_hidden_states"):
+        for a, b in zip(getattr(after, key, None) or (), getattr(before, key, None) or (), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    model.train()
+    model.activation_checkpointing_enable()
+    with ro.retain(model, "*") as kept:
+        ours = step(model, inputs)
+    for what in expected:
+        torch.testing.assert_close(ours[what], expected[what], rtol=1e-4, atol=1e-4)
+    assert all(slot.grad is not None for slot in kept.values())
+
+
+LOSSES: dict[str, dict[str, Any]] = {
+    "mean": {},
+    "items": {"num_items_in_batch": 7},
+    "items in a tensor": {"num_items_in_batch": torch.tensor(7)},
+    "labels shifted already": {"shift_labels": torch.tensor([[4, 5, -100], [1, 0, 9]])},
+    "another ignore_index": {"ignore_index": 5},
+}
+
+
+@pytest.mark.parametrize("options", LOSSES.values(), ids=LOSSES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_the_loss(options: dict[str, Any], dtype: torch.dtype) -> None:
+    model, _ = make("llama")
+    theirs = model.loss_function
+    ro.fuse(model)
+    logits = torch.randn(2, 3, 11, generator=torch.Generator().manual_seed(4)).to(dtype)
+    labels = torch.tensor([[1, 4, 5], [7, 5, options.get("ignore_index", -100)]])
+    results = []
+    for function in (theirs, model.loss_function):
+        leaf = logits.clone().requires_grad_()
+        loss = function(logits=leaf, labels=labels, vocab_size=11, **options)
+        loss.backward()
+        results.append((loss.detach(), leaf.grad))
+    assert results[1][0].dtype == results[0][0].dtype == torch.float32
+    torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-6, atol=0)
+    torch.testing.assert_close(results[1][1], results[0][1], rtol=4 * torch.finfo(dtype).eps, atol=1e-7)
+
+
+def test_a_loss_of_the_users_stays() -> None:
+    def mine(logits: torch.Tensor, **_: Any) -> torch.Tensor:
+        return logits.square().sum()
+
+    model, inputs = make("llama")
+    model.loss_function = mine
+    table = ro.fuse(model)
+    assert [row.why for row in table.left] == ["its loss_function, mine, is not that of a language model"]
+    ro.unfuse(model)
+    assert model.loss_function is mine
+
+    model, inputs = make("llama")
+    function = model.loss_function
+    ro.fuse(model)
+    model.loss_function = mine  # later
+    assert model(**inputs).loss > 100
+    ro.unfuse(model)
+    assert model.loss_function is mine
+    del model._loss_function
+    model.loss_function = function  # set, and the library's own
+    ro.fuse(model)
+    assert model.lm_loss is copy.deepcopy(model).train() or "lm_loss.p" in ro.points(copy.deepcopy(model))
+    ro.unfuse(model)
+    assert vars(model)["_loss_function"] is function
+
+
+def test_an_old_name_of_an_argument_still_warns() -> None:
+    """A rewritten forward has the decorators of the one that it was made from."""
+    model, _ = make("llama")
+    ro.fuse(model)
+    layer, x = model.model.layers[0], torch.randn(1, 3, 32)
+    rotary = model.model.rotary_emb(x, torch.arange(3)[None])
+    with pytest.warns(FutureWarning, match="`past_key_values` is deprecated"):
+        layer(x, position_embeddings=rotary, past_key_values=None)
+
+
+def test_a_function_of_rope_that_is_another_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.models.llama import modeling_llama
+
+    def other(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return q * cos.unsqueeze(1), k * sin.unsqueeze(1)
+
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", other)
+    model, inputs = make("llama")
+    expected = step(model, inputs)
+    assert {row.why for row in ro.fuse(model).left} == {"rope: its apply_rotary_pos_emb is not that of rope"}
+    torch.testing.assert_close(step(model, inputs)["loss"], expected["loss"])
+
+
+def test_compiled_as_one_graph() -> None:
+    model, inputs = make("llama")
+    model.model.layers = nn.ModuleList(model.model.layers[:1])
+    model.eval()
+    expected = step(model, inputs)
+    ro.fuse(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with ro.retain(compiled, "*", ro.Stats("l2")) as kept:
+        ours = step(compiled, inputs)
+    for what, value in ours.items():
+        torch.testing.assert_close(value, expected[what.removeprefix("_orig_mod.")], rtol=1e-4, atol=1e-5)
+    with ro.retain(model, "*", ro.Stats("l2")) as eager:
+        step(model, inputs)
+    for what, slot in eager.items():
+        torch.testing.assert_close(kept[what].l2, slot.l2, rtol=1e-4, atol=1e-6, msg=what)
+
+
+def test_on_the_kernels(request: pytest.FixtureRequest) -> None:
+    model, inputs = make("llama")
+    model.model.layers = nn.ModuleList(model.model.layers[:1])
+    expected = step(model, inputs)
+    ro.fuse(model)
+    if torch.cuda.is_available():
+        moved = {k: v.cuda() for k, v in inputs.items()}
+        ours = {k: v.cpu() for k, v in step(model.cuda(), moved).items()}
+    else:
+        with simulated(request), ro.backend("triton"):
+            ours = step(model, inputs)
+    for what in expected:
+        torch.testing.assert_close(ours[what], expected[what], rtol=1e-3, atol=1e-5, msg=what)
