@@ -160,7 +160,7 @@ def compare_both(model: torch.nn.Module, steps: int, batch: int, compiled: bool,
         apart = (curve - base).abs()
         console.print(
             f"  {name:30} loss {curve[0]:.4f} -> {curve[-20:].mean():.4f} (last 20); from unfused: "
-            f"mean {apart.mean():.1e}, largest {apart.max():.1e}; step {1000 * statistics.median(times):.0f} ms (median)",
+            f"mean {apart.mean():.1e}, largest {apart.max():.1e}; median step {1000 * statistics.median(times):.0f} ms",
             soft_wrap=True,
         )
     draw_both(losses, out)
