@@ -34,7 +34,7 @@ import retainops as ro
 VOCABULARY, WIDTH, HEADS, LENGTH = 32, 64, 4, 24
 SHORTEST, LONGEST = 6, 11  # of what is repeated, when training
 BLOCK, KEY = 8, 3  # when patching: the text is 8 tokens, and again up to the one at place 3
-VALUE, QUERY = KEY + 1, BLOCK + KEY
+VALUE = KEY + 1  # what comes next, then
 Grid = dict[str, torch.Tensor]
 """Name of a point -> a number for each place of the text."""
 EXACT, ONE, MEAN = "exact, by patching", "first order", "mean of 8 gradients"
@@ -92,7 +92,7 @@ class Pair(NamedTuple):
 
 
 def main(
-    steps: Annotated[int, typer.Option(min=2, help="Steps of training; the circuit is there after 200.")] = 400,
+    steps: Annotated[int, typer.Option(min=2, help="Steps of training; the circuit is there after 200.")] = 300,
     layers: Annotated[int, typer.Option(min=2, help="Layers of the model; an induction circuit takes two.")] = 2,
     pairs: Annotated[int, typer.Option(min=1, help="How many pairs of texts effects are means over.")] = 64,
     seed: Annotated[int, typer.Option(help="Of weights and texts.")] = 0,
@@ -120,15 +120,15 @@ def main(
     if right < 0.9:
         console.print("the task is not learnt yet, so there is no circuit to find: try more --steps")
     found: dict[str, dict[str, Grid]] = {}
-    for what, place in (("the token to copy", VALUE), ("the token before it", KEY)):
+    for what, place in (("the answer", VALUE), ("before the answer", KEY)):
         pair = texts(pairs, place)
-        found[f"as if {what} were another"] = {
+        found[f"token {place}, {what}, replaced"] = {
             EXACT: patched(model, pair),
             ONE: attributed(model, pair),
             MEAN: attributed(model, pair, between=8),
         }
-    found["10% smaller"] = shrunk(model, pair, 0.1)
-    console.print(table(found | {"set to 0": shrunk(model, pair, 1.0)}))
+    found["values 10% smaller"] = shrunk(model, pair, 0.1)
+    console.print(table(found | {"values set to 0": shrunk(model, pair, 1.0)}))
     draw(found, out)
     console.print(f"drawn: {out}")
 
