@@ -311,7 +311,7 @@ def draw(found: dict[str, dict[str, Grid]], out: Path) -> None:
                 axes.set_axis_off()
                 continue
             shown = torch.stack(list(grids[name].values()))
-            image = axes.imshow(shown, cmap="RdBu", vmin=-most, vmax=most, aspect="auto", origin="lower")
+            image = axes.imshow(shown.tolist(), cmap="RdBu", vmin=-most, vmax=most, aspect="auto", origin="lower")
             axes.set_yticks(range(len(exact)), list(exact) if name == EXACT else [], fontsize=8)
             axes.set_xticks(range(shown.shape[1]), [label(n) for n in range(shown.shape[1])], fontsize=8)
             axes.set_title(name, fontsize=9)
@@ -328,7 +328,7 @@ def scatter(axes: Axes, grids: dict[str, Grid]) -> None:
     for name, mark, color in zip(ESTIMATES, ("x", "o"), ("#c8553d", "#1b6ca8"), strict=True):
         if name in grids:
             r = agreement(grids[EXACT], grids[name])
-            x, y = flat(grids[EXACT]), flat(grids[name])
+            x, y = flat(grids[EXACT]).tolist(), flat(grids[name]).tolist()
             axes.plot(x, y, mark, color=color, markersize=5, fillstyle="none", label=f"{name}, r = {r:.2f}")
     axes.set_xlabel("exact change", fontsize=9)
     axes.set_ylabel("estimated change", fontsize=9)

@@ -71,6 +71,9 @@ def main(
     check(out, width, batch, compare)
     torch.manual_seed(seed)
     model = llama(layers, width)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        model = model.cuda()
     if compare:
         return compare_both(model, steps, batch, compiled, seed, out)
     ranks = int(os.environ.get("WORLD_SIZE", 1))
@@ -88,8 +91,7 @@ def train(
 ) -> None:
     """Train one model, on this rank's share of each batch, and draw what was watched."""
     ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else "cpu"
-    model = model.to(device)
+    device = next(model.parameters()).device
     console = Console(quiet=rank > 0)
     if fused:
         console.print(ro.fuse(model), soft_wrap=True)
@@ -114,11 +116,9 @@ def train(
                 bar.update(task, completed=number + 1, loss=f"{losses[-1].item():.2f} nats a byte")
     if watcher:
         watcher.close()
-    curve = torch.stack(losses).cpu()
+    curve = torch.stack(losses) / ranks
     if ranks > 1:
-        curve = curve.to(device)
         dist.all_reduce(curve)  # each rank has seen its own texts alone
-        curve = curve.cpu() / ranks
     if rank:
         return
     console.print(f"loss {curve[0]:.2f} -> {curve[-10:].mean():.2f} nats a byte")
@@ -134,7 +134,7 @@ def train(
 
 def compare_both(model: torch.nn.Module, steps: int, batch: int, compiled: bool, seed: int, out: Path) -> None:
     """Train fused, unfused, and unfused with other rounding, in turn, and say how far apart they are and how fast."""
-    console = Console()
+    console, device = Console(), next(model.parameters()).device
     nudged = copy.deepcopy(model)
     with torch.no_grad():
         for p in nudged.parameters():  # one unit in the last place, up or down: what another rounding may do
@@ -143,24 +143,25 @@ def compare_both(model: torch.nn.Module, steps: int, batch: int, compiled: bool,
     ro.fuse(models["fused"])
     run = {name: step_of(model, steps, compiled) for name, model in models.items()}
     losses: dict[str, list[float]] = {name: [] for name in run}
-    seconds: dict[str, list[float]] = {name: [] for name in run}
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in run}
     with progress(console) as bar:
         task = bar.add_task("training all three in turn", total=steps, loss="")
         for number, text in enumerate(batches(batch, steps, seed)):
             order = list(run) if number % 2 else list(run)[::-1]  # whoever runs first may find cold caches
             for name in order:
-                start = time.perf_counter()
-                losses[name].append(run[name](text).item())
-                seconds[name].append(time.perf_counter() - start)
+                start, worked = time.perf_counter(), time.process_time()
+                losses[name].append(run[name](text.to(device)).item())
+                seconds[name].append((time.perf_counter() - start, time.process_time() - worked))
             bar.update(task, completed=number + 1, loss=f"{losses['fused'][-1]:.2f} nats a byte")
     base = torch.tensor(losses["unfused"])
     console.print(f"over {steps} steps, {'compiled' if compiled else 'eager'}:")
     for name in run:
         curve, times = torch.tensor(losses[name]), seconds[name][min(10, steps // 2) :]  # the first ones compile
+        wall, work = (1000 * statistics.median(of) for of in zip(*times, strict=True))
         apart = (curve - base).abs()
         console.print(
             f"  {name:30} loss {curve[0]:.4f} -> {curve[-20:].mean():.4f} (last 20); from unfused: "
-            f"mean {apart.mean():.1e}, largest {apart.max():.1e}; median step {1000 * statistics.median(times):.0f} ms",
+            f"mean {apart.mean():.1e}, largest {apart.max():.1e}; step {wall:.0f} ms, of CPU {work:.0f} (medians)",
             soft_wrap=True,
         )
     draw_both(losses, out)
@@ -237,7 +238,9 @@ def draw(losses: list[float], found: dict[int, dict[str, float]], out: Path) -> 
         norms = torch.tensor([[found[step][name] for step in at] for name in of_layers])
         extent = (at[0] - width / 2, at[-1] + width / 2, -0.5, len(of_layers) - 0.5)
         shown = norms.clamp_min(torch.finfo(norms.dtype).tiny).log10()
-        image = axes.imshow(shown, aspect="auto", origin="lower", extent=extent, cmap="magma", interpolation="nearest")
+        image = axes.imshow(
+            shown.tolist(), aspect="auto", origin="lower", extent=extent, cmap="magma", interpolation="nearest"
+        )
         axes.set(ylabel="layer", yticks=range(0, len(of_layers), max(1, len(of_layers) // 6)))
         axes.set_title(f"{point}: {WATCHED[point]}", fontsize=9, loc="left")
         figure.colorbar(image, ax=axes, label="log10 of the norm\nof dloss/dvalue", pad=0.01)
@@ -259,7 +262,7 @@ def draw_both(losses: dict[str, list[float]], out: Path) -> None:
             top.plot(curve, line, color=color, linewidth=width, label=name)
         if name != "unfused":
             apart = (torch.tensor(curve) - base).abs().clamp_min(1e-8)
-            below.semilogy(apart, line, color=color, linewidth=1, label=f"{name} - unfused")
+            below.semilogy(apart.tolist(), line, color=color, linewidth=1, label=f"{name} - unfused")
     top.set(ylabel="loss, nats a byte", title="The same model fused and unfused: same weights, same text")
     below.set(ylabel="|difference| of losses,\nnats a byte", xlabel="step")
     top.legend()
