@@ -1,6 +1,6 @@
 """Which values carry the answer? Attribution patching, act x grad, beside patching itself.
 
-    python examples/attribution_patching.py          # about two minutes on a CPU; draws attribution_patching.png
+    python examples/attribution_patching.py          # seconds to a minute on a CPU; draws attribution_patching.png
 
 Activation patching runs a model on one text with one value of it taken from a run on another text, and looks how much
 the answer changes: a run for each value. Attribution patching (Nanda 2023; Syed et al. 2023, arXiv 2310.10348) does it

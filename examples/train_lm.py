@@ -101,7 +101,7 @@ def train(
 
     def keep(number: int, readings: Readings) -> None:
         # Each rank's loss is a mean over its own share of the batch; that of the whole batch is the mean of those.
-        found[number] = {name: of["l2"] / ranks for name, of in readings.items()}
+        found[number] = {name: float(of["l2"]) / ranks for name, of in readings.items()}
 
     losses: list[torch.Tensor] = []
     patterns = [f"model.layers.*.{point}" for point in WATCHED]
