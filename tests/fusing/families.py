@@ -81,7 +81,7 @@ def _source() -> dict[str, Any]:
     return {"src": torch.randn(2, 7, 32)}
 
 
-LLAMA_LIKE = {"cross_entropy": 1, "add_norm": 2, "rope": 2, "gated": 2, "rms_norm": 5}
+LLAMA_LIKE = {"cross_entropy": 1, "attention": 1, "add_norm": 2, "rope": 2, "gated": 2, "rms_norm": 5}
 FAMILIES: dict[str, Family] = {
     "llama": Family(_decoder("Llama"), tokens, LLAMA_LIKE),
     "mistral": Family(_decoder("Mistral"), tokens, LLAMA_LIKE),
@@ -97,12 +97,12 @@ FAMILIES: dict[str, Family] = {
     "gpt2": Family(
         _hf("GPT2LMHeadModel", "GPT2Config", n_embd=32, n_layer=2, n_head=4, vocab_size=67, n_positions=64),
         tokens,
-        {"cross_entropy": 1, "layer_norm": 5, "bias_act": 2},
+        {"cross_entropy": 1, "attention": 1, "layer_norm": 5, "bias_act": 2},
     ),
     "bert": Family(
         _hf("BertForMaskedLM", "BertConfig", **{k: v for k, v in SIZES.items() if k != "head_dim"}),
         tokens,
-        {"layer_norm": 6, "add_norm": 4, "bias_act": 3},
+        {"attention": 1, "layer_norm": 6, "add_norm": 4, "bias_act": 3},
     ),
     "vit": Family(
         _hf(
@@ -117,7 +117,7 @@ FAMILIES: dict[str, Family] = {
             hidden_dropout_prob=0.1,
         ),
         image("pixel_values", labels=lambda: torch.tensor([0, 1])),
-        {"layer_norm": 5, "add_norm": 2, "bias_act": 2},
+        {"attention": 1, "layer_norm": 5, "add_norm": 2, "bias_act": 2},
     ),
     "t5": Family(
         _hf(

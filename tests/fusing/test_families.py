@@ -129,7 +129,8 @@ class Eager:
 def test_interiors(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = make(name)
     ro.fuse(model)
-    names = [n for n in ro.points(model) if n != "lm_loss.p"]
+    # Attention's have a test of their own.
+    names = [n for n in ro.points(model) if n.rpartition(".")[2] not in ("s", "p", "o")]
     with ro.retain(model, names) as kept:
         torch.manual_seed(5)
         out = model(**inputs)
@@ -151,3 +152,25 @@ def test_interiors(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         scale = expected.abs().max().item()
         assert scale > 0
         torch.testing.assert_close(kept[n].grad, expected, rtol=0, atol=1e-4 * scale, msg=n)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "bert", "vit"])
+def test_interiors_of_attention(name: str) -> None:
+    """Of attention modules that other rules have fused too, by their own weights and `retain_grad()`."""
+    model, inputs = make(name)
+    model.eval()
+    ro.fuse(model)
+    with ro.retain(model, "*.p") as kept:
+        model(**inputs).logits.square().sum().backward()
+    ro.unfuse(model)
+    model.set_attn_implementation("eager")
+    out = model(**inputs, output_attentions=True)
+    for p in out.attentions:
+        p.retain_grad()
+    out.logits.square().sum().backward()
+    found = [slot.grad for point, slot in kept.items() if point != "lm_loss.p"]
+    assert len(found) == len(out.attentions) == 2
+    for ours, theirs in zip(found, out.attentions, strict=True):
+        scale = theirs.grad.abs().max().item()
+        assert scale > 0
+        torch.testing.assert_close(ours, theirs.grad, rtol=0, atol=1e-4 * scale)
