@@ -2,6 +2,7 @@
 
     s = cap * tanh(scale * q k^T / cap) + mask     what enters the softmax; without a cap: scale * q k^T + mask
     p = exp(s - lse)                               lse: the logarithm of the sum of exp(s) over a row
+      = exp((s - top) - lse)                       with a mask that is added: lse is that of s - top, the row's maximum
     dp = do v^T
     ds = p * (dp - delta)                          delta: the sum of do * o over a row, which is that of p * dp
 
@@ -46,6 +47,7 @@ class Attention(NamedTuple):
     mask: Heads  # bool (True: takes part) or floating point (added)
     lse: Any  # (batch, heads, queries), dense, as delta
     delta: Any
+    top: Any  # as lse, which is then of s - top; None: 0. Beside a large one float32 has no room for the logarithm
     q_at: Any  # positions of picked queries and keys; None: 0, 1, 2, ...
     k_at: Any
     scale: Any
@@ -185,6 +187,8 @@ LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 def probabilities(s, X, at):
     """p. Where q has 16 bits its error is some roundings of float32, and it takes two instructions."""
     lse = per_query(X.lse, X, at)
+    if X.top is not None:
+        s -= per_query(X.top, X, at)
     if X.q.ptr.dtype.element_ty == tl.float32:
         return exp(s - lse)
     else:

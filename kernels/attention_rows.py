@@ -12,6 +12,7 @@ from retainops.kernels.unary import exp
 def lse_kernel(
     X,
     LSE,
+    TOP,
     D: tl.constexpr,
     CHUNKS: tl.constexpr,
     CH: tl.constexpr,
@@ -19,7 +20,7 @@ def lse_kernel(
     BLOCK_N: tl.constexpr,
     SKIPS: tl.constexpr,
 ):
-    """lse of BLOCK_M queries; 0 of a query that sees no key."""
+    """lse of BLOCK_M queries; 0 of a query that sees no key. With TOP it is of s - top, and top goes there."""
     b, h, m = whereabouts(X, X.queries, BLOCK_M)
     queries, keys = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_N)[None, :]
     first, last = keys_seen(X, m, BLOCK_M, BLOCK_N, SKIPS)
@@ -39,8 +40,13 @@ def lse_kernel(
             total = total * exp(top - base) + tl.sum(exp(s - base), axis=1, keep_dims=True)
             top = higher
             qk = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    lse = tl.where(total == 0.0, 0.0, top + log(total))
+    none = total == 0.0
+    top, lse = tl.where(none, 0.0, top), tl.where(none, 0.0, log(total))
     first = (b.to(tl.int64) * X.heads + h) * X.queries + m
+    if TOP is not None:
+        tl.store(TOP + first + queries, top, mask=queries < X.queries - m)
+    else:
+        lse += top
     tl.store(LSE + first + queries, lse, mask=queries < X.queries - m)
 
 

@@ -158,7 +158,7 @@ def test_lse_and_delta_may_be_given_made_or_made_of_tiles() -> None:
     values = run.truth["value of s"]
     lse = torch.where(values.isneginf().all(-1), 0.0, values.logsumexp(-1))
     delta = (run.truth["value of p"] * run.truth["p"]).sum(-1)
-    torch.testing.assert_close(kernels.lse_of(run.scores).double(), lse, rtol=0, atol=1e-6)
+    torch.testing.assert_close(kernels.with_lse(run.scores).lse.double(), lse, rtol=0, atol=1e-6)
     given = run.scores._replace(lse=lse.float())
     for scores in (given, given._replace(o=None)):
         torch.testing.assert_close(kernels.delta_of(scores).double(), delta, rtol=0, atol=1e-5)
@@ -175,7 +175,7 @@ def test_picked_queries_and_keys(name: str) -> None:
     run = Run(ALL[name], torch.float32)
     scores, n, m = run.scores, *run.scores.shape[-2:]
     queries, keys = torch.tensor([n - 1, 0, *range(3, 40)]), torch.tensor([*range(20), m - 1, m - 2])
-    scores = scores._replace(lse=kernels.lse_of(scores))
+    scores = kernels.with_lse(scores)
     scores = scores._replace(delta=kernels.delta_of(scores), o=None)
     of_queries = {name: getattr(scores, name)[:, :, queries] for name in ("q", "do", "lse", "delta")}
     mask = scores.mask

@@ -213,6 +213,26 @@ def test_nan_and_infinity_go_where_eager_has_them(path: Any) -> None:
         assert torch.equal(kept[name].grad.isfinite(), points[name].grad.isfinite()), name
 
 
+@pytest.mark.parametrize("added", [torch.finfo(torch.bfloat16).min, -1e9, -1e4, 1e9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_number_added_to_every_key_of_a_row(dtype: torch.dtype, added: float, path: Any) -> None:
+    """As of padded queries: the probabilities are what is left of the scores beside it, and never 0 or nan."""
+    q, k, v = (drawn(1, 2, 20, 16, dtype=dtype, seed=i).detach().to(path.device).requires_grad_() for i in range(3))
+    mask = torch.zeros(20, 20, dtype=dtype, device=path.device)
+    mask[:3] = added
+    # In float32, which scores are made in: bfloat16 has no room for them beside such a number.
+    points = eager(SMALL, *(t.detach().float().requires_grad_() for t in (q, k, v)), mask.float())
+    loss_of(points["o"]).backward()
+    ds, chefer = points["s"].grad, (points["p"] * points["p"].grad).relu().mean(1).detach()
+    whole, part = ro.Retained("s", p=ro.Relevance("chefer")), ro.Retained(s=ro.Part(keys=slice(0, 20)))
+    for kept in (whole, part):
+        loss_of(ro.attention(q, k, v, mask, retain=kept)).backward()
+    near = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.02}
+    for s in (whole.s.grad, part.s.grad):
+        torch.testing.assert_close(s.float(), ds, **near)
+    torch.testing.assert_close(whole.p.chefer, chefer, **near)
+
+
 def test_no_gradient_leaves_where_none_arrives(path: Any) -> None:
     q, k, v, _ = CAUSAL.tensors(torch.float32, path.device)
     kept = ro.Retained("s", "p")
@@ -343,6 +363,43 @@ def test_nested_requests_are_each_answered(path: Any) -> None:
         loss_of(ro.attention(q, k, v, is_causal=True, retain=by_itself)).backward()
         for name, x in by_itself.state().items():
             assert torch.equal(request.state()[name], x), name
+
+
+@pytest.mark.filterwarnings("ignore:Using backward:UserWarning")
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_every_request_is_answered_once(create_graph: bool, path: Any) -> None:
+    """The output's too, and where backward goes by the definition."""
+    from retainops.ops.attention import attention_of
+
+    q, k, v, _ = CAUSAL.tensors(torch.float64, path.device)
+    true, buffer = truth(CAUSAL, torch.float64, path.device), torch.zeros_like(q)
+    first = ro.Retained("p", s=ro.Stats("l2"), o=ro.Stats("sum"))
+    requests = [first, ro.Retained("s", p=ro.Part(heads=1)), ro.Retained(o=ro.Into(buffer, accumulate=True))]
+    o = attention_of((q, k, v, None, 0.0, True, None, False, None, None), requests)
+    loss_of(o).backward(create_graph=create_graph)
+    torch.testing.assert_close(first.o.sum, true["o"]["grad"].sum())
+    torch.testing.assert_close(buffer.detach(), true["o"]["grad"])
+    torch.testing.assert_close(first.p.grad.detach(), true["p"]["grad"])
+    torch.testing.assert_close(first.s.l2, true["s"]["grad"].norm())
+    torch.testing.assert_close(requests[1].s.grad.detach(), true["s"]["grad"])
+    torch.testing.assert_close(requests[1].p.grad.detach(), true["p"]["grad"][:, 1:2])
+    for x, name in ((q, "q"), (k, "k"), (v, "v")):
+        torch.testing.assert_close(x.grad.detach(), true[name]["grad"])
+        x.grad = None
+
+
+def test_batched_gradients_of_several_requests(path: Any) -> None:
+    from retainops.ops.attention import attention_of
+
+    q, k, v, _ = SMALL.tensors(torch.float64, path.device)
+    requests = [ro.Retained("p"), ro.Retained("s")]
+    o = attention_of((q, k, v, None, 0.0, False, None, False, None, None), requests)
+    directions = torch.stack([drawn(*o.shape, seed=i).detach() for i in range(3)]).to(path.device)
+    wanted = [requests[0].p.tensor, requests[1].s.tensor]
+    found = torch.autograd.grad(o, wanted, directions, is_grads_batched=True, retain_graph=True)
+    for i, direction in enumerate(directions):
+        for x, y in zip(found, torch.autograd.grad(o, wanted, direction, retain_graph=True), strict=True):
+            torch.testing.assert_close(x[i], y)
 
 
 class TestDropout:

@@ -166,7 +166,7 @@ def picked_of(scores: Scores, places: Places, kernels: bool) -> Scores:
 
 def _with_row_numbers(scores: Scores, kernels: bool) -> Scores:
     if kernels and _scores_kernels.refuses(scores, None, None) is None:
-        scores = scores._replace(lse=_scores_kernels.lse_of(scores))
+        scores = _scores_kernels.with_lse(scores)
         return scores._replace(delta=_scores_kernels.delta_of(scores))
     return _scores.row_numbers(scores)
 

@@ -5,6 +5,7 @@ The gradients of q, k and v are none of its business: they are made by what made
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from retainops import dispatch
 from retainops.ops import _fused
 from retainops.ops._asked import Asked, Call, answers, cast, scores_of
-from retainops.ops._scores import Wanted
+from retainops.ops._scores import Scores, Wanted
 from retainops.part import Part
 from retainops.registry import Op
 from retainops.relevance import Relevance
@@ -31,11 +32,29 @@ POINTS = ("s", "p")
 """Of the op's points, those that do not exist."""
 
 
+def of_requests(op: Op, count: int) -> Op:
+    """The op, with points "s 0", "p 0", "s 1", ... of that many requests instead of its own."""
+
+    def reference(*args: Any) -> Tensor:
+        *inputs, point = args
+
+        def each(name: str, value: Tensor) -> Tensor:
+            for i in range(count if name in POINTS else 0):
+                value = point(f"{name} {i}", value)
+            return value
+
+        definition: Any = op.reference
+        return definition(*inputs, each)
+
+    points = [dataclasses.replace(p, name=f"{p.name} {i}") for i in range(count) for p in op.points if p.name in POINTS]
+    return dataclasses.replace(op, reference=reference, points=tuple(points))
+
+
 class Ear(torch.autograd.Function):
     """The identity on an output. Inputs of attention are inputs of it for the sake of second derivatives alone.
 
     Those are the reference's: then no gradient goes to the output, and so to the node that made it, but to its inputs
-    directly.
+    directly. So it answers all requests: one behind another would not hear a thing. `op` is as `of_requests` has it.
     """
 
     @staticmethod
@@ -49,7 +68,7 @@ class Ear(torch.autograd.Function):
         lse: Tensor | None,
         *args: Any,
     ) -> Tensor:
-        tensors, leaves = args[:4], dict(zip(POINTS, args[4:], strict=True))
+        tensors, leaves = args[:4], dict(zip((p.name for p in op.points), args[4:], strict=True))
         ctx.op, ctx.call, ctx.slots, ctx.kernels = op, call, slots, kernels
         ctx.leaves = {name: leaf for name, leaf in leaves.items() if leaf is not None}
         ctx.autocast = _fused.autocast_here(o.device.type)
@@ -70,12 +89,15 @@ class Ear(torch.autograd.Function):
                 inputs = (*tensors, 0.0, *ctx.call)
                 needed = (*needs[6:10], *[False] * (len(inputs) - 4))
                 found = _fused.through_reference(ctx.op, inputs, needed, ctx.slots, ctx.leaves, (do,))
-            return *none, None, None, *found[:4], *found[len(inputs) :][: len(POINTS)]
-        leaves = {name: ctx.leaves[name] for name, need in zip(POINTS, needs[10:], strict=True) if need}
+            return *none, None, None, *found[:4], *found[len(inputs) :]
+        names = [p.name for p in ctx.op.points]
+        leaves = {name: ctx.leaves[name] for name, need in zip(names, needs[10:], strict=True) if need}
         tensors = cast(tensors, ctx.dtype, ctx.casts)
         with torch.autocast(do.device.type, enabled=False):
-            kept = _hear(ctx.op.name, ctx.call, tensors, do, o, lse, ctx.slots, leaves, ctx.kernels)
-        return *none, do, None, None, None, None, None, *(kept.get(name) for name in POINTS)
+            scores, kept = scores_of(ctx.call, tensors, do, o, lse), []
+            for i in range(0, len(names), len(POINTS)):
+                kept += _hear(ctx.op.name, scores, do, ctx.slots, leaves, names[i : i + len(POINTS)], ctx.kernels)
+        return *none, do, None, None, None, None, None, *kept
 
 
 def listen(
@@ -83,42 +105,40 @@ def listen(
     call: Call,
     o: Tensor,
     tensors: Sequence[Tensor | None],
-    slots: Mapping[str, Slot],
+    requests: Sequence[Mapping[str, Slot]],
     kernels: bool,
     lse: Tensor | None,
 ) -> Tensor:
-    """An output of attention of (q, k, v, mask), such that its backward answers what slots ask of s and p."""
+    """An output of attention of (q, k, v, mask), such that its backward answers what requests ask of s and p."""
     k = tensors[1]
     assert k is not None
     shape = torch.Size((*o.shape[:-1], k.shape[-2]))
-    leaves = [slots[name].bind(op.name, shape, o.dtype, o.device) if name in slots else None for name in POINTS]
+    slots = {f"{name} {i}": slots[name] for i, slots in enumerate(requests) for name in POINTS if name in slots}
+    op = of_requests(op, len(requests))
+    leaves = [slots[p.name].bind(op.name, shape, o.dtype, o.device) if p.name in slots else None for p in op.points]
     return Ear.apply(op, call, slots, kernels, o, lse, *tensors, *leaves)
 
 
 def _hear(
     op: str,
-    call: Call,
-    tensors: Sequence[Tensor | None],
+    scores: Scores,
     do: Tensor,
-    o: Tensor | None,
-    lse: Tensor | None,
     slots: Mapping[str, Slot],
     leaves: Mapping[str, Tensor],
+    names: Sequence[str],
     kernels: bool,
-) -> dict[str, Tensor | None]:
-    """What to return to autograd for each slot, once it has all it asked for."""
-    scores, k = scores_of(call, tensors, do, o, lse), tensors[1]
-    assert k is not None
-    shape = torch.Size((*do.shape[:-1], k.shape[-2]))
+) -> list[Tensor | None]:
+    """What to return to autograd for the slots of these names, of s and of p, once they have all they asked for."""
+    shape = torch.Size((*do.shape[:-1], scores.shape[-1]))
     given = {name: slots[name].answer(op, leaf.shape, leaf.dtype, leaf.device) for name, leaf in leaves.items()}
     asked = {name: asked_of(op, slots[name], shape, answer.tensor, answer.accumulate) for name, answer in given.items()}
-    found = answers(scores, shape, asked.get("s"), asked.get("p"), kernels)
-    for name, parts in zip(POINTS, found, strict=True):
+    found = answers(scores, shape, asked.get(names[0]), asked.get(names[1]), kernels) if asked else ({}, {})
+    for name, parts in zip(names, found, strict=True):
         if name in leaves:
             slots[name].written()
             if parts:
                 slots[name].merge(parts, leaves[name])
-    return {name: answer.returned for name, answer in given.items()}
+    return [given[name].returned if name in given else None for name in names]
 
 
 def asked_of(op: str, slot: Slot, shape: torch.Size, tensor: Tensor | None, accumulate: bool) -> Asked:

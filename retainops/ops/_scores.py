@@ -42,6 +42,8 @@ class Scores(NamedTuple):
             0, 1, 2, ...
         delta: (B, H, Nq), as lse: rowsum(P * dP) over all keys; None: made from o and do, or from tiles. Where keys
             were picked, lse and delta are of all of them, and given.
+        top: (B, H, Nq), as lse: a number to take off each row of s first, of which lse then is; None: 0. A mask may add
+            so much to a whole row (-1e9, to all keys of a padded query) that the sum's logarithm is lost beside it.
     """
 
     q: Tensor
@@ -58,6 +60,7 @@ class Scores(NamedTuple):
     q_at: Tensor | None
     k_at: Tensor | None
     delta: Tensor | None = None
+    top: Tensor | None = None
 
     @property
     def shape(self) -> torch.Size:
@@ -177,6 +180,8 @@ def hidden_tile(scores: Scores, at: Tile) -> Tensor | None:
 def probability_tile(scores: Scores, at: Tile, s: Tensor) -> Tensor:
     """P, from s; 0 in a row that sees no key."""
     if scores.lse is not None:
+        if scores.top is not None:
+            s = s - at.of(scores.top).unsqueeze(-1)
         return (s - at.of(scores.lse).unsqueeze(-1)).exp_()  # exp(-inf) is 0, and a row of those has an lse of 0
     if not s.shape[-1]:
         return s.clone()
@@ -192,17 +197,20 @@ def score_gradient(scores: Scores, at: Tile, p: Tensor, dp: Tensor) -> Tensor:
 
 
 def row_numbers(scores: Scores) -> Scores:
-    """With lse and delta, for keys to be picked of it."""
+    """With lse, delta and top, for keys to be picked of it."""
     lse = torch.zeros(scores.shape[:-1], dtype=scores.held, device=scores.q.device)
-    delta = torch.zeros_like(lse)
+    delta, top = torch.zeros_like(lse), torch.zeros_like(lse)
     for at, s, p, dp in tiles(scores):
         assert s is not None
         assert p is not None
         if s.shape[-1]:
-            of_rows = s.logsumexp(-1)
+            highest = s.amax(-1)
+            highest = highest.masked_fill_(highest == -torch.inf, 0.0)
+            of_rows = (s - highest.unsqueeze(-1)).logsumexp(-1)
+            at.of(top).copy_(highest)
             at.of(lse).copy_(of_rows.masked_fill_(of_rows == -torch.inf, 0.0))
         at.of(delta).copy_((p * dp).sum(-1))
-    return scores._replace(lse=lse, delta=delta)
+    return scores._replace(lse=lse, delta=delta, top=top)
 
 
 def product(x: Tensor, y: Tensor) -> Tensor:

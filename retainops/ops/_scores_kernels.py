@@ -59,7 +59,7 @@ def answer(scores: Scores, s: Wanted | None, p: Wanted | None) -> tuple[Parts, P
     scores = apart(scores, [w.tensor for w in (s, p) if w.tensor is not None])
     with on_device(scores.q.device):
         if takes_s or p.takes_value:
-            scores = scores._replace(lse=lse_of(scores))
+            scores = with_lse(scores)
         if takes_s:
             scores = scores._replace(delta=delta_of(scores))
         if s.tensor is not None or p.tensor is not None:
@@ -68,15 +68,18 @@ def answer(scores: Scores, s: Wanted | None, p: Wanted | None) -> tuple[Parts, P
         return of_s, {**of_p, **_relevance(scores, p)}
 
 
-def lse_of(scores: Scores) -> Tensor:
-    """lse, (B, H, Nq), dense, in float32; made if it is not given."""
+def with_lse(scores: Scores) -> Scores:
+    """With lse and top, (B, H, Nq), dense, in float32; made if lse is not given. Only a mask that is added takes top."""
     if scores.lse is not None:
-        return scores.lse.to(torch.float32).contiguous()
+        lse, top = (None if x is None else x.to(torch.float32).contiguous() for x in (scores.lse, scores.top))
+        return scores._replace(lse=lse, top=top)
+    added = scores.mask is not None and scores.mask.dtype != torch.bool
+    top = numbers(scores, scores.q.shape[:-1]) if added else None
     lse, tiles = numbers(scores, scores.q.shape[:-1]), tiles_of(scores, "lse")
     constants = constants_of(scores, tiles, True, SKIPS=is_bounded(scores))
     del constants["DV"], constants["CHUNKS_V"]
-    lse_kernel[programs_of(scores, -2, tiles)](arguments(scores), lse, **constants)
-    return lse
+    lse_kernel[programs_of(scores, -2, tiles)](arguments(scores), lse, top, **constants)
+    return scores._replace(lse=lse, top=top)
 
 
 def delta_of(scores: Scores) -> Tensor:

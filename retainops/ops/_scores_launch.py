@@ -99,7 +99,7 @@ def arguments(scores: Scores) -> Attention:
     return Attention(
         *alike(dense_columns(t) for t in (scores.q, scores.k, scores.v, scores.do)),
         heads(mask),
-        *(scores.lse, scores.delta, scores.q_at, scores.k_at),
+        *(scores.lse, scores.delta, scores.top, scores.q_at, scores.k_at),
         *(float(scores.scale), cap, *bounds(scores)),
         *(h, h // scores.k.shape[1], n, m),
     )

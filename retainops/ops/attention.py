@@ -120,12 +120,15 @@ def attention_of(inputs: tuple[Any, ...], requests: Sequence[Any]) -> Tensor:
         validate(inputs)
         o = tiled(ATTENTION, inputs, product_dtype(tensors[0]))
     kernels = of_scores and not compiling and on_kernels(inputs)
-    lse = lse_of(o) if kernels else None
+    # A mask that is added may leave it no room for the logarithm of the sum.
+    added = tensors[3] is not None and tensors[3].dtype != torch.bool
+    lse = lse_of(o) if kernels and not added else None
+    if of_scores and not compiling:
+        o = listen(ATTENTION, call, o, tensors, each, kernels, lse)
     for slots in each:
-        if any(name in slots for name in POINTS) and compiling:
+        if compiling and any(name in slots for name in POINTS):
             o = _attention_compiled.listen(ATTENTION, call, o, tensors, slots)
-        elif any(name in slots for name in POINTS):
-            o = listen(ATTENTION, call, o, tensors, slots, kernels, lse)
+    for slots in each:
         if "o" in slots:
             o = tap("attention", slots["o"], o)
     return o
