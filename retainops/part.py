@@ -93,8 +93,8 @@ def picked(x: torch.Tensor, places: Places) -> torch.Tensor:
     """These places of a tensor: a new one. No list of places goes to the device, so nothing waits for it."""
     for dim, at in places:
         runs = [x.narrow(dim, start, stop - start) for start, stop in _runs(at)]
-        x = torch.cat(runs, dim) if runs else x.narrow(dim, 0, 0)
-    return x.clone() if x._is_view() else x
+        x = torch.cat(runs or [x.narrow(dim, 0, 0)], dim)
+    return x if places else x.clone()
 
 
 def _runs(at: Sequence[int]) -> list[tuple[int, int]]:

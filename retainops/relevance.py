@@ -47,7 +47,7 @@ def _legrad(g: torch.Tensor, p: torch.Tensor | None) -> torch.Tensor:
 
 def _mean(x: torch.Tensor, *dims: int) -> torch.Tensor:
     """The mean; 0 of nothing."""
-    return x.sum(dims) / max(math.prod(x.shape[dim] for dim in dims), 1)
+    return x.sum(dims) / max(math.prod([x.shape[dim] for dim in dims]), 1)
 
 
 KINDS: dict[str, Kind] = {

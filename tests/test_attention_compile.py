@@ -143,6 +143,63 @@ def test_dropout_goes_through_the_definition() -> None:
     assert 0.3 < (kept.p.grad == 0).float().mean() < 0.7
 
 
+@pytest.mark.parametrize("want", [ro.Relevance("chefer", "legrad", "attn_grad"), ro.Part(heads=1), ro.Part(keys=[])], ids=str)
+def test_dropout_and_other_forms(want: Any) -> None:
+    """By the definition's own taps; dropout of nothing but a rounding, so that eager has the same."""
+
+    def call(q: Tensor, k: Tensor, v: Tensor, kept: ro.Retained, p: float) -> Tensor:
+        return ro.attention(q, k, v, dropout_p=p, retain=kept)
+
+    q, k, v, _ = CASES["plain"].tensors(torch.float32)
+    kept, eager = ro.Retained(p=want), ro.Retained(p=want)
+    loss_of(torch.compile(call, fullgraph=True, backend="aot_eager")(q, k, v, kept, 1e-30)).backward()
+    loss_of(call(q, k, v, eager, 0.0)).backward()
+    for name, x in eager.state().items():
+        torch.testing.assert_close(kept.state()[name], x)
+
+
+def test_autocast_around_backward_is_none_of_its_business() -> None:
+    states = []
+    for autocast in (False, True):
+        q, k, v, _ = CASES["causal"].tensors(torch.float32)
+        kept = ro.Retained("s", p=ro.Relevance("chefer"))
+        o = torch.compile(lambda *qkv, kept: ro.attention(*qkv, retain=kept), fullgraph=True, backend="aot_eager")(
+            q, k, v, kept=kept
+        )
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            loss_of(o).backward()
+        states.append(kept.state())
+    for name, x in states[0].items():
+        assert torch.equal(states[1][name], x), name
+
+
+def test_the_softcap_may_change() -> None:
+    run = torch.compile(
+        lambda *qkv, cap, kept: ro.attention(*qkv, softcap=cap, retain=kept), fullgraph=True, backend="aot_eager"
+    )
+    for cap in (3.0, 4.0, 5.0):
+        q, k, v, _ = CASES["causal"].tensors(torch.float32)
+        kept, eager = ro.Retained("s"), ro.Retained("s")
+        loss_of(run(q, k, v, cap=cap, kept=kept)).backward()
+        loss_of(ro.attention(q, k, v, softcap=cap, retain=eager)).backward()
+        torch.testing.assert_close(kept.s.grad, eager.s.grad)
+
+
+def test_the_backend_is_that_of_tracing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from retainops.ops import _attention_compiled as ops
+
+    heard, answers = [], ops.answers
+    monkeypatch.setattr(ops, "answers", lambda *args: heard.append(args[-1]) or answers(*args))
+    q, k, v, _ = CASES["causal"].tensors(torch.float32)
+    for backend in ("reference", "auto"):
+        torch._dynamo.reset()
+        run = torch.compile(lambda *qkv, kept: ro.attention(*qkv, retain=kept), fullgraph=True, backend="aot_eager")
+        with ro.backend(backend):
+            o = run(q, k, v, kept=ro.Retained("p"))
+        loss_of(o).backward()
+    assert heard == [False, True]
+
+
 def test_into_a_buffer() -> None:
     def call(q: Tensor, k: Tensor, v: Tensor, kept: ro.Retained) -> Tensor:
         return ro.attention(q, k, v, retain=kept)
@@ -185,7 +242,7 @@ def test_the_operators_are_what_their_fakes_say() -> None:
     of_s, of_p = "dense sumsq count nonfinite amax", "dense sum act_grad chefer legrad"
     at = [-1, 2, 3, 0, -1]
     for asked in (
-        (of_s, "keys", [], of_p, "heads", []),
-        ("dense", "tensor", at, "hist abs_sum attn_grad", "tensor", []),
+        (of_s, "keys", [], of_p, "heads", [], False),
+        ("dense", "tensor", at, "hist abs_sum attn_grad", "tensor", [], True),
     ):
         torch.library.opcheck(ops.answer, (q, k, v, mask, do, do, *fixed, *asked), test_utils=utils)

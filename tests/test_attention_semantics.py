@@ -192,6 +192,19 @@ def test_keys_and_values_of_different_groups(path: Any) -> None:
         torch.testing.assert_close(kept.p.grad, points["p"].grad[:, [7, 2]])
 
 
+@pytest.mark.parametrize("keywords", [{}, {"softcap": 2.0}, {"dropout_p": 1e-30}], ids=str)
+def test_heads_of_no_columns(keywords: dict[str, Any], path: Any) -> None:
+    """Every key counts the same, as in PyTorch's function."""
+    q, k, v = (drawn(1, 2, 5, d, seed=d).detach().to(path.device).requires_grad_() for d in (0, 0, 3))
+    kept = ro.Retained("p")
+    o = ro.attention(q, k, v, **keywords, retain=kept)
+    torch.testing.assert_close(o, F.scaled_dot_product_attention(q, k, v))
+    loss_of(o).backward()
+    points = eager(Case((), (), (), scale=1.0), *(t.detach().requires_grad_() for t in (q, k, v)), None)
+    loss_of(points["o"]).backward()
+    torch.testing.assert_close(kept.p.grad, points["p"].grad)
+
+
 def test_a_gradient_of_one_stored_element(path: Any) -> None:
     q, k, v, _ = CAUSAL.tensors(torch.float32, path.device)
     kept = ro.Retained("p", s=ro.Stats("abs_sum"))
@@ -530,6 +543,9 @@ def test_without_grad_there_is_nothing_to_retain(path: Any) -> None:
     ("keywords", "kind", "said"),
     [
         ({"retain": ro.Retained("p"), "nested": True}, RuntimeError, "attention: a nested tensor with retain"),
+        ({"attn_mask": [1], "softcap": 2.0}, TypeError, "attention: attn_mask is list; expected a torch.Tensor"),
+        ({"softcap": float("nan")}, ValueError, "attention: softcap is nan; expected a number above 0"),
+        ({"softcap": float("inf")}, ValueError, "attention: softcap is inf; expected a number above 0"),
         ({"softcap": 0.0}, ValueError, "attention: softcap is 0.0; expected a number above 0"),
         ({"softcap": "x"}, TypeError, "attention: softcap is str; expected a number above 0"),
         ({"window": -1}, ValueError, "attention: window is -1; expected numbers of keys to each side, 0 or above"),

@@ -84,13 +84,18 @@ def scores_of(call: Call, tensors: Sequence[Tensor | None], do: Tensor, o: Tenso
         do=in_4_dims(do),
         o=None if o is None else in_4_dims(o),
         lse=lse,
-        scale=1 / math.sqrt(q.shape[-1]) if call.scale is None else call.scale,
+        scale=default_scale(q) if call.scale is None else call.scale,
         causal=call.is_causal,
         window=call.window,
         softcap=call.softcap,
         q_at=None,
         k_at=None,
     )
+
+
+def default_scale(q: Any) -> float:
+    """1 / sqrt(D); of no columns, whose products are 0, any number."""
+    return 1 / math.sqrt(max(q.shape[-1], 1))
 
 
 def in_4_dims(x: Tensor) -> Tensor:

@@ -47,6 +47,7 @@ def answer(
     of_p: str,
     over_p: str,
     at_p: Sequence[int],
+    kernels: bool,
 ) -> list[Tensor]:
     """What is asked of s and p, one after the other.
 
@@ -55,13 +56,15 @@ def answer(
         of_s, of_p: `Slot.parts`, with a blank between them.
         over_s, over_p: as of `Stats`.
         at_s, at_p: as `_as_numbers` has it.
+        kernels: use them where they can, unless the backend is "reference" by now.
     """
     call = Call(is_causal, scale, enable_gqa, softcap, _bounds(window))
     shape = torch.Size((*do.shape[:-1], k.shape[-2]))
     names = of_s.split(), of_p.split()
     s = _asked(do, shape, names[0], over_s, _as_places(at_s))
     p = _asked(do, shape, names[1], over_p, _as_places(at_p))
-    found = answers(scores_of(call, (q, k, v, mask), do, o, None), shape, s, p, backend_name() != "reference")
+    with torch.autocast(do.device.type, enabled=False):  # whatever is in force around backward
+        found = answers(scores_of(call, (q, k, v, mask), do, o, None), shape, s, p, kernels and _kernels())
     tensors = []
     for of, one, parts in zip(names, (s, p), found, strict=True):
         for name in of:
@@ -74,7 +77,7 @@ def answer(
 
 @answer.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, do: Tensor, o: Tensor, *others: Any) -> list[Tensor]:
-    of_s, over_s, at_s, of_p, over_p, at_p = others[-6:]
+    of_s, over_s, at_s, of_p, over_p, at_p, _ = others[-7:]
     shape = torch.Size((*do.shape[:-1], k.shape[-2]))
     found = []
     for of, over, at in ((of_s, over_s, at_s), (of_p, over_p, at_p)):
@@ -223,6 +226,12 @@ def _bounds(window: Sequence[int]) -> tuple[int | None, int | None]:
     return left, right
 
 
+@torch.compiler.assume_constant_result
+def _kernels() -> bool:
+    """By the backend that is in force while tracing: backward may run in a thread that does not know of it."""
+    return backend_name() != "reference"
+
+
 class Ear(torch.autograd.Function):
     """As `_attention.Ear`; its backward returns parcels to the slots' carriers, inputs of the graph."""
 
@@ -234,9 +243,10 @@ class Ear(torch.autograd.Function):
         p: Tensor | None,
         call: tuple[Any, ...],
         asked: Any,
+        kernels: bool,
         *tensors: Tensor | None,
     ) -> Tensor:
-        ctx.call, ctx.asked = call, asked
+        ctx.call, ctx.asked, ctx.kernels = call, asked, kernels
         ctx.save_for_backward(o, *tensors)
         return o.view_as(o)
 
@@ -244,10 +254,11 @@ class Ear(torch.autograd.Function):
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
         o, q, k, v, mask = ctx.saved_tensors
         (of_s, over_s, at_s), (of_p, over_p, at_p) = ctx.asked
-        found = answer(q, k, v, mask, do, o, *ctx.call, " ".join(of_s), over_s, at_s, " ".join(of_p), over_p, at_p)
+        asked = " ".join(of_s), over_s, at_s, " ".join(of_p), over_p, at_p
+        found = answer(q, k, v, mask, do, o, *ctx.call, *asked, ctx.kernels)
         s = parcel.pack("s", of_s, *found[: len(of_s)]) if of_s else None
         p = parcel.pack("p", of_p, *found[len(of_s) :]) if of_p else None
-        return do, s, p, None, None, None, None, None, None
+        return do, s, p, *[None] * 7
 
 
 def listen(op: Op, call: Call, o: Tensor, tensors: Sequence[Tensor | None], slots: Mapping[str, Slot]) -> Tensor:
@@ -261,7 +272,7 @@ def listen(op: Op, call: Call, o: Tensor, tensors: Sequence[Tensor | None], slot
         carriers.append(None if slot is None else slot.carrier)
         asked.append(((), "tensor", []) if slot is None else _request(op, slot, o, shape))
     alone = cast(tensors, o.dtype, torch.is_autocast_enabled(o.device.type))
-    return Ear.apply(o, *carriers, _fixed(call), tuple(asked), *alone)
+    return Ear.apply(o, *carriers, _fixed(call), tuple(asked), _kernels(), *alone)
 
 
 def _request(op: Op, slot: Slot, o: Tensor, shape: torch.Size) -> tuple[tuple[str, ...], str, list[int]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch.nn import functional as F
 from retainops import registry
 from retainops.dispatch import HAS_TRITON, ambient, backend_name, dense, requested, transformed, why_reference
 from retainops.ops import _attention_compiled
-from retainops.ops._asked import Call, cast, output_shape, scores_of
+from retainops.ops._asked import Call, cast, default_scale, output_shape, scores_of
 from retainops.ops._attention import POINTS, listen, lse_of
 from retainops.ops._attention_tiled import tiled
 from retainops.ops._check import check_tensor, refuses_dtypes
@@ -101,6 +100,8 @@ def attention_of(inputs: tuple[Any, ...], requests: Sequence[Any]) -> Tensor:
     call = Call(is_causal, scale, enable_gqa, softcap, bounds(window))
     inputs = (*tensors, dropout_p, *call)
     check_tensor("attention", **dict(zip(("q", "k", "v"), tensors, strict=False)))
+    if tensors[3] is not None:
+        check_tensor("attention", attn_mask=tensors[3])
     if any(t is not None and t.is_nested for t in tensors):
         raise RuntimeError("attention: a nested tensor with retain, softcap or window; pad it, and mask the padding")
     each = [requested(ATTENTION, inputs, retain) for retain in requests]
@@ -208,7 +209,7 @@ def attention_reference(
     with torch.autocast(kind, enabled=False):
         if enable_gqa:
             k, v = (t.repeat_interleave(q.shape[-3] // t.shape[-3], -3) for t in (k, v))
-        s = q @ k.transpose(-2, -1) * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+        s = q @ k.transpose(-2, -1) * (default_scale(q) if scale is None else scale)
         if softcap is not None:
             s = softcap * torch.tanh(s / softcap)
         if attn_mask is not None:
