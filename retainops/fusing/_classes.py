@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from retainops.fusing._code import Methods, Site, methods, rewritten
+from retainops.fusing._code import Methods, Site, methods, rewritten, wrappers
 from retainops.nn.point import HoldsPoints
 from retainops.registry import PointInfo
 
@@ -81,7 +81,11 @@ def _fused_class(
     part = next((part for part in parts if has_forward(part)), None)
     if part is not None:
         body["forward"] = _called_as(original.forward, part.forward)
-    return type(original.__name__, (Fused, *parts, original), body)
+    cls = type(original.__name__, (Fused, *parts, original), body)
+    for name in dict.fromkeys(site.method for site in sites):  # a base's __init_subclass__ may have wrapped it again
+        if name in vars(cls) and wrappers(vars(cls)[name]) != wrappers(dict(functions)[name]):
+            raise LookupError(f"its method {name} was wrapped since its class was made")
+    return cls
 
 
 def has_forward(part: type[HoldsPoints]) -> bool:

@@ -45,14 +45,19 @@ def _alone() -> Iterator[torch.Generator]:
 def recognised(act: Any) -> str | None:
     """The name of the function that an activation computes, of those that ops have; None: another, or not one alone."""
     if not isinstance(act, nn.Module):
-        return FUNCTIONS.get(act)
+        return function_named(act)
     # Calls of one that somebody wrote themselves may do more than to return a value.
     if type(act).__module__.split(".")[0] not in LIBRARIES or "forward" in vars(act):
         return None
     if any(True for _ in (*act.parameters(), *act.buffers())):
         return None
+    # A slope or a threshold may be set to another value at any time.
+    if any(isinstance(v, (int, float)) and not isinstance(v, bool) for v in vars(act).values()):
+        return None
     with _alone():
         x = torch.linspace(-6, 6, 97, dtype=torch.float64)  # in both of GELU's forms they differ by 5e-4
+        far = [-1e30, -1e3, 1e3, 1e30, torch.inf]  # some are cut off, at 6 or 10
+        x = torch.cat([x, torch.tensor(far, dtype=torch.float64)])
         try:
             y = type(act).forward(act, x.clone())
             for name in dict.fromkeys(FUNCTIONS.values()) | {"gelu_tanh": None}:
@@ -61,6 +66,14 @@ def recognised(act: Any) -> str | None:
         except Exception:  # whatever it wants, it is not a tensor alone
             return None
     return None
+
+
+def function_named(function: Any) -> str | None:
+    """The name of a function, of those in FUNCTIONS."""
+    try:
+        return FUNCTIONS.get(function)
+    except TypeError:  # it cannot be hashed: an object of somebody's own
+        return None
 
 
 @functools.cache

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.nn.modules import module as torch_module
 
 from retainops.fusing._classes import become, restore
-from retainops.fusing._probe import FUNCTIONS, recognised
+from retainops.fusing._probe import function_named, recognised
 from retainops.fusing.norms import OF_SUM, OfSum
 from retainops.nn.gated import Gated
 from retainops.nn.point import HoldsPoints
@@ -48,10 +48,15 @@ def bare(module: Any) -> bool:
 def function_of(act: Any) -> str | None:
     """The name of an activation's function, where it was recognised and nothing waits for its call."""
     if not isinstance(act, nn.Module):
-        return FUNCTIONS.get(act)
+        return function_named(act)
     name = act.__dict__.get(FUNCTION) if bare(act) else None
     form = act.__dict__.get("approximate")  # torch.nn.GELU's can be set at any time
     return name if form is None or name is None else "gelu" if form == "none" else "gelu_tanh"
+
+
+def unit_of(act: Any) -> str | None:
+    """The gated unit of an activation, unless that works in place: the gate is then another tensor after it."""
+    return None if getattr(act, "inplace", False) else UNIT_OF.get(function_of(act) or "")
 
 
 class AddNorm(HoldsPoints):
@@ -100,13 +105,13 @@ class GatedUnit(CallsActivation, Gated):
 
     def fused_gated(self, act: Any, gate: Tensor, up: Tensor) -> Tensor:
         """act(gate) * up."""
-        unit = UNIT_OF.get(function_of(act) or "")
+        unit = unit_of(act)
         gate, up = self.point("gate", gate), self.point("up", up)
         return self.point("act", act(gate)) * up if unit is None else self.call(gate, up, op=GATED[unit])
 
     def fused_packed(self, act: Any, x: Tensor) -> Tensor:
         """act(gate) * up, gate the first half."""
-        unit = UNIT_OF.get(function_of(act) or "")
+        unit = unit_of(act)
         if unit is not None:
             return self.call(x, True, op=PACKED[unit])
         return self.fused_gated(act, *x.chunk(2, dim=-1))
