@@ -125,13 +125,28 @@ def why_not(module: nn.Module) -> str | None:
     return None
 
 
+OURS = frozenset(["forward", "extra_repr", "_get_name", "normalized_shape"])
+"""Names that parts have on purpose as the module has them."""
+
+
+def clash(module: nn.Module, parts: tuple[Any, ...]) -> str | None:
+    """A name that parts have and the module has too, for something else; None: there is none."""
+    kinds: tuple[Any, ...] = (Fused, *parts)
+    bases = {base for part in kinds for base in part.__mro__ if base not in nn.Module.__mro__}
+    ours = {name for base in bases for name in vars(base) if not name.startswith("__")} | {"_requests"}
+    theirs = {name for base in type(module).__mro__ if base not in nn.Module.__mro__ for name in vars(base)}
+    own = (vars(module), module._modules, module._parameters, module._buffers)
+    return min((ours - OURS) & theirs.union(*own), default=None)
+
+
 def become(module: nn.Module, parts: tuple[type[HoldsPoints], ...], sites: tuple[Site, ...]) -> None:
     """Fuse one module."""
-    module.__class__ = fused_class(type(module), parts, sites)
+    cls = fused_class(type(module), parts, sites)
+    object.__setattr__(module, "__class__", cls)  # a module may refuse its attributes to be set
     module.__dict__["_requests"] = ()
 
 
 def restore(module: nn.Module) -> None:
     """Unfuse one module."""
-    module.__class__ = type(module).fused_from  # type: ignore[attr-defined]
+    object.__setattr__(module, "__class__", type(module).fused_from)  # type: ignore[attr-defined]
     del module.__dict__["_requests"]

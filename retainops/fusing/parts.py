@@ -6,6 +6,7 @@ where one has hooks, or is another module by now. So whatever happens to a model
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules import module as torch_module
 
-from retainops.fusing._classes import become, restore
+from retainops.fusing._classes import become, clash, restore
 from retainops.fusing._probe import function_named, recognised
 from retainops.fusing.norms import OF_SUM, OfSum
 from retainops.nn.gated import Gated
@@ -25,7 +26,8 @@ from retainops.registry import PointInfo, find
 Tensor = torch.Tensor
 
 FUNCTION = "_retainops_function"
-"""The attribute of an activation module that names its function, set while the module that calls it is fused."""
+"""The attribute of an activation module that names its function, set while the module that calls it is fused; of an
+attention module it is the function for rope."""
 
 UNIT_OF = {function: unit for unit, function in UNITS.items()}
 BIASED = {name: find(f"add_{name}") for name in ("relu", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh")}
@@ -35,7 +37,7 @@ def bare(module: Any) -> bool:
     """Whether to call a module is to call the forward of its class: no hook waits for it."""
     if not isinstance(module, nn.Module):
         return True
-    return not (
+    return type(module).__call__ is nn.Module.__call__ and not (
         "forward" in module.__dict__
         or module._forward_hooks
         or module._forward_pre_hooks
@@ -73,7 +75,7 @@ class AddNorm(HoldsPoints):
         part = type(norm).fused_parts[0]
         if part in OF_SUM:
             restore(norm)
-            become(norm, (OF_SUM[part],), ())
+            become(norm, (part if clash(norm, (OF_SUM[part],)) else OF_SUM[part],), ())
 
     def fused_add_norm(self, norm: Any, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """(norm(x + residual), x + residual)."""
@@ -144,9 +146,14 @@ class Rotary(HoldsPoints):
 
     op = ROPE
 
+    @staticmethod
+    def adopt(module: nn.Module) -> None:
+        module.__dict__[FUNCTION] = inspect.unwrap(type(module).forward).__globals__["apply_rotary_pos_emb"]
+
     def fused_rope(self, function: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """function(q, k, cos, sin)."""
-        if all(t.dtype == q.dtype for t in (k, cos, sin)) and cos.dim() == 3 and cos.shape[-1] == q.shape[-1]:
+        known = self.__dict__.get(FUNCTION) is function  # and not another that its file has by now
+        if known and all(t.dtype == q.dtype for t in (k, cos, sin)) and cos.dim() == 3 and cos.shape[-1] == q.shape[-1]:
             q_rot, k_rot = self.call(q, k, cos, sin, False, False)
         else:
             q_rot, k_rot = function(q, k, cos, sin)

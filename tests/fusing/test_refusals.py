@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -141,3 +142,137 @@ def test_private_names(x: torch.Tensor) -> None:
     theirs = run(model, x)
     assert all("its method forward has the private name __scale" in row.why for row in ro.fuse(model))
     assert_same(run(model, x), theirs)
+
+
+def _in_training(self: Any, x: torch.Tensor) -> torch.Tensor:
+    wide = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+    return self.weight * wide * (1.5 if self.training else 1.0)
+
+
+def _of_channels(self: Any, x: torch.Tensor) -> torch.Tensor:
+    x = x.transpose(1, -1)
+    wide = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+    return (self.weight * wide).transpose(1, -1)
+
+
+@pytest.mark.parametrize("forward", [_in_training, _of_channels])
+@pytest.mark.parametrize("training", [True, False])
+def test_norms_that_are_others_at_times(forward: Callable, training: bool) -> None:
+    cls = type("OtherRMSNorm", (nn.Module,), {"forward": forward, "variance_epsilon": 1e-6})
+    module = cls()
+    module.weight = nn.Parameter(torch.ones(8))
+    assert [row.why for row in ro.fuse(module.train(training))] == ["no norm of retainops computes what it does"]
+
+
+class Sum(nn.Module):
+    """A sum and its norm."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(x + x.flip(0))
+
+
+class Called(nn.LayerNorm):
+    """It does more when it is called."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return super().__call__(x) * 2
+
+
+def test_a_call_of_its_own_and_names_that_are_ours(x: torch.Tensor) -> None:
+    model = Sum(Called(8))
+    theirs = run(model, x)
+    ro.fuse(model)
+    assert_same(run(model, x), theirs)
+
+    model = Sum(TinyRMSNorm(8))
+    model.norm.offset = 3.0
+    theirs = run(model, x)
+    assert {row.why for row in ro.fuse(model)} == {"it has a 'offset' of its own, and so has what it would be given"}
+    del model.norm.offset
+    ro.fuse(model)
+    model.norm.offset, model.norm.round_first = 3.0, False  # later
+    assert_same(run(model, x), theirs)
+
+    model = Sum(nn.LayerNorm(8))
+    model.norm.alone = nn.Identity()  # a name of the norm of a sum
+    theirs = run(model, x)
+    ro.fuse(model)
+    assert_same(run(model, x), theirs)
+    assert isinstance(model.norm.alone, nn.Identity)
+
+
+@pytest.mark.parametrize("name", ["point", "call", "_requests", "fused_gated"])
+def test_children_and_methods_that_are_called_as_ours(name: str, x: torch.Tensor) -> None:
+    model = Gated(nn.SiLU())
+    model.add_module(name, nn.Tanh())
+    (row,) = ro.fuse(model)
+    assert row.why == f"gated(act): it has a '{name}' of its own, and so has what it would be given"
+    cls = type("Gated", (Gated,), {name: lambda self, x: x})
+    assert not ro.fuse(cls(nn.SiLU())).replaced
+
+
+class Frozen(Acts):
+    """It lets nothing be set."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if "frozen" in self.__dict__:
+            raise AttributeError(name)
+        super().__setattr__(name, value)
+
+
+def test_a_module_that_lets_nothing_be_set(x: torch.Tensor) -> None:
+    model = Frozen(nn.GELU())
+    model.__dict__["frozen"] = True
+    theirs = run(model, x)
+    assert len(ro.fuse(model).replaced) == 1
+    with ro.retain(model, "c") as kept:
+        assert_same(run(model, x), theirs)
+    assert kept["c"].grad is not None
+    ro.unfuse(model)
+    assert type(model) is Frozen
+
+
+def test_asking_is_of_all_modules_or_of_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(ro.nn.Point(), ro.nn.Point())
+
+    def ask(request: Any) -> None:
+        raise RuntimeError("not now")
+
+    model[1].ask = ask
+    with pytest.raises(RuntimeError, match="not now"), ro.retain(model):
+        pass
+    assert not model[0]._requests
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=str)
+def test_nested_tensors(layout: torch.layout) -> None:
+    parts = [torch.randn(n, 8) for n in (2, 3)]
+    nested = torch.nested.nested_tensor(parts, layout=layout)
+    model = nn.Sequential(nn.LayerNorm(8))
+    ro.fuse(model)
+    for ours, part in zip(model(nested).unbind(), parts, strict=True):
+        torch.testing.assert_close(ours, nn.LayerNorm(8)(part))
+
+
+def test_a_function_of_rope_that_is_exchanged_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.models.llama import modeling_llama
+
+    from tests.fusing.families import make, step
+
+    model, inputs = make("llama")
+    ro.fuse(model, rules=["rope"])
+    theirs, copied = step(model, inputs), copy.deepcopy(model)
+    original = modeling_llama.apply_rotary_pos_emb
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", lambda q, *others: original(q * 2, *others))
+    ours = step(copied, inputs)
+    with ro.retain(copied, "*.q_rot") as kept:
+        step(copied, inputs)
+    ro.unfuse(copied)
+    assert torch.equal(step(copied, inputs)["loss"], ours["loss"])
+    assert not torch.equal(ours["loss"], theirs["loss"])
+    assert all(slot.grad is not None for slot in kept.values())
