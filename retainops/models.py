@@ -179,8 +179,12 @@ class Asked:
 
     def on(self) -> None:
         """From here on the modules hold the request."""
-        for of, request in self._of_holders:
-            of.ask(request)
+        try:
+            for of, request in self._of_holders:
+                of.ask(request)
+        except BaseException:  # all of them, or none
+            self.off()
+            raise
 
     def off(self) -> None:
         """The modules are as they were, but for what others ask of them. Off already: nothing happens."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from retainops.fusing._code import Methods, Site, methods, rewritten
+from retainops.fusing._code import Methods, Site, methods, rewritten, wrappers
 from retainops.nn.point import HoldsPoints
 from retainops.registry import PointInfo
 
@@ -81,7 +81,11 @@ def _fused_class(
     part = next((part for part in parts if has_forward(part)), None)
     if part is not None:
         body["forward"] = _called_as(original.forward, part.forward)
-    return type(original.__name__, (Fused, *parts, original), body)
+    cls = type(original.__name__, (Fused, *parts, original), body)
+    for name in dict.fromkeys(site.method for site in sites):  # a base's __init_subclass__ may have wrapped it again
+        if name in vars(cls) and wrappers(vars(cls)[name]) != wrappers(dict(functions)[name]):
+            raise LookupError(f"its method {name} was wrapped since its class was made")
+    return cls
 
 
 def has_forward(part: type[HoldsPoints]) -> bool:
@@ -121,13 +125,28 @@ def why_not(module: nn.Module) -> str | None:
     return None
 
 
+OURS = frozenset(["forward", "extra_repr", "_get_name", "normalized_shape"])
+"""Names that parts have on purpose as the module has them."""
+
+
+def clash(module: nn.Module, parts: tuple[Any, ...]) -> str | None:
+    """A name that parts have and the module has too, for something else; None: there is none."""
+    kinds: tuple[Any, ...] = (Fused, *parts)
+    bases = {base for part in kinds for base in part.__mro__ if base not in nn.Module.__mro__}
+    ours = {name for base in bases for name in vars(base) if not name.startswith("__")} | {"_requests"}
+    theirs = {name for base in type(module).__mro__ if base not in nn.Module.__mro__ for name in vars(base)}
+    own = (vars(module), module._modules, module._parameters, module._buffers)
+    return min((ours - OURS) & theirs.union(*own), default=None)
+
+
 def become(module: nn.Module, parts: tuple[type[HoldsPoints], ...], sites: tuple[Site, ...]) -> None:
     """Fuse one module."""
-    module.__class__ = fused_class(type(module), parts, sites)
+    cls = fused_class(type(module), parts, sites)
+    object.__setattr__(module, "__class__", cls)  # a module may refuse its attributes to be set
     module.__dict__["_requests"] = ()
 
 
 def restore(module: nn.Module) -> None:
     """Unfuse one module."""
-    module.__class__ = type(module).fused_from  # type: ignore[attr-defined]
+    object.__setattr__(module, "__class__", type(module).fused_from)  # type: ignore[attr-defined]
     del module.__dict__["_requests"]

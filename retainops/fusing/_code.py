@@ -161,7 +161,7 @@ class Rewriter(ast.NodeTransformer):
 
 
 def _loads(node: ast.AST) -> list[str]:
-    return [n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)]
+    return [n.id for n in ast.walk(node) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Store)]
 
 
 def sites_of(cls: type, pattern: Pattern, done: tuple[Site, ...] = ()) -> tuple[Site, ...]:
@@ -261,6 +261,10 @@ def _codes_in(source: str) -> _Codes:
 def _compiled(tree: ast.FunctionDef, function: Any) -> FunctionType:
     """The function of a tree, its decorators applied again; its lines are those of the file it came from."""
     inner = inspect.unwrap(function)
+    if (private := next(_private_names(tree), None)) is not None:
+        raise LookupError(f"its method {tree.name} has the private name {private}, spelt as its class says")
+    if [a.arg for a in (*tree.args.posonlyargs, *tree.args.args)][:1] != ["self"]:
+        raise LookupError(f"the first parameter of its method {tree.name} is not called self")
     # Annotations are kept as text where the file says so.
     code = compile(
         ast.fix_missing_locations(ast.Module([tree], [])),
@@ -279,3 +283,20 @@ def _compiled(tree: ast.FunctionDef, function: Any) -> FunctionType:
     own.__defaults__, own.__kwdefaults__ = inner.__defaults__, inner.__kwdefaults__
     own.__qualname__ = new.__qualname__ = function.__qualname__
     return new
+
+
+def wrappers(function: Any) -> list[Any]:
+    """The code of what is around a function, by `__wrapped__`."""
+    found = []
+    while hasattr(function, "__wrapped__"):
+        found.append(getattr(function, "__code__", type(function)))
+        function = function.__wrapped__
+    return found
+
+
+def _private_names(tree: ast.AST) -> Iterator[str]:
+    """Names such as __x: in a class Python puts the class's name in front of them."""
+    for node in ast.walk(tree):
+        name = getattr(node, "id", None) or getattr(node, "attr", None) or getattr(node, "arg", None)
+        if isinstance(name, str) and name.startswith("__") and not name.endswith("__"):
+            yield name

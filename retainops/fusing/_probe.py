@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -45,14 +46,19 @@ def _alone() -> Iterator[torch.Generator]:
 def recognised(act: Any) -> str | None:
     """The name of the function that an activation computes, of those that ops have; None: another, or not one alone."""
     if not isinstance(act, nn.Module):
-        return FUNCTIONS.get(act)
+        return function_named(act)
     # Calls of one that somebody wrote themselves may do more than to return a value.
     if type(act).__module__.split(".")[0] not in LIBRARIES or "forward" in vars(act):
         return None
     if any(True for _ in (*act.parameters(), *act.buffers())):
         return None
+    # A slope or a threshold may be set to another value at any time.
+    if any(isinstance(v, (int, float)) and not isinstance(v, bool) for v in vars(act).values()):
+        return None
     with _alone():
         x = torch.linspace(-6, 6, 97, dtype=torch.float64)  # in both of GELU's forms they differ by 5e-4
+        far = [-1e30, -1e3, 1e3, 1e30, torch.inf]  # some are cut off, at 6 or 10
+        x = torch.cat([x, torch.tensor(far, dtype=torch.float64)])
         try:
             y = type(act).forward(act, x.clone())
             for name in dict.fromkeys(FUNCTIONS.values()) | {"gelu_tanh": None}:
@@ -61,6 +67,14 @@ def recognised(act: Any) -> str | None:
         except Exception:  # whatever it wants, it is not a tensor alone
             return None
     return None
+
+
+def function_named(function: Any) -> str | None:
+    """The name of a function, of those in FUNCTIONS."""
+    try:
+        return FUNCTIONS.get(function)
+    except TypeError:  # it cannot be hashed: an object of somebody's own
+        return None
 
 
 @functools.cache
@@ -91,25 +105,32 @@ def _agree(theirs: Any, ours: Any, leaves: list[Any], generator: torch.Generator
 def same_norm(module: Any, forward: Callable[[Any, torch.Tensor], torch.Tensor]) -> bool:
     """Whether a norm whose only parameter is its weight computes what `forward` does, in each mix of dtypes.
 
-    Values of 16 bits have to be the same but for one in a hundred: then both round in the same places.
+    Values of 16 bits have to be the same but for one in a hundred: then both round in the same places. It is tried in
+    training and in evaluation, on inputs of two to four dims, whose sizes all differ.
     """
     size = module.weight.numel()
     state = tuple((k, v) for k, v in vars(module).items() if isinstance(v, (int, float, str, bool, type(None))))
+    state = tuple((k, v) for k, v in state if k != "training")
     cls: Any = type(module)
     return _same_norm(cls, cls.forward, size, state, forward)
 
 
 @functools.cache
 def _same_norm(cls: Any, original: Any, size: int, state: tuple[Any, ...], forward: Callable[..., Any]) -> bool:
+    others = [n for n in (2, 3, 4, 6) if n != size]
+    shapes = (6 if size != 6 else 7, size), (*others[:2], size), (*others[:3], size)
     with _alone() as generator:
-        for x_dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for shape, training, x_dtype in itertools.product(
+            shapes, (True, False), (torch.float32, torch.bfloat16, torch.float16)
+        ):
             for dtype in dict.fromkeys((torch.float32, x_dtype)):
                 module = cls.__new__(cls)
                 nn.Module.__init__(module)
                 weight = torch.randn(size, generator=generator).to(dtype)
                 vars(module).update(state)
                 module.weight = nn.Parameter(weight)
-                x = (3 * torch.randn(6, size, generator=generator)).to(x_dtype).requires_grad_()
+                module.training = training
+                x = (3 * torch.randn(shape, generator=generator)).to(x_dtype).requires_grad_()
                 try:
                     theirs, ours = original(module, x), forward(module, x)
                     if not _same_values(theirs, ours):

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from retainops.fusing import rules as _rules  # noqa: F401 - registers them
-from retainops.fusing._classes import Fused, become, fused_class, has_forward, is_fused, restore, why_not
+from retainops.fusing._classes import Fused, become, clash, fused_class, has_forward, is_fused, restore, why_not
 from retainops.fusing._code import Site, sites_of
 from retainops.fusing.parts import FUNCTION
 from retainops.fusing.registry import RULES, Change, Part, Rule
@@ -197,6 +197,8 @@ def _why_not(module: Any, parts: Any, sites: tuple[Site, ...]) -> str | None:
     """Why a module cannot be given these; None: it can."""
     cls: Any = type(module)
     reason = why_not(module)
+    if reason is None and (name := clash(module, parts)) is not None:
+        reason = f"it has a '{name}' of its own, and so has what it would be given"
     if reason is None:
         try:
             fused_class(cls, parts, sites)

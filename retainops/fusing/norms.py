@@ -56,6 +56,8 @@ class TorchNorm(Norm):
     normalized_shape: tuple[int, ...] = ()
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.is_nested and x.layout == torch.strided:  # which has no shape
+            return self.fused_from.forward(self, x)
         if self.normalized_shape and x.shape[-1:] != self.normalized_shape:
             F.layer_norm(x, self.normalized_shape)  # the error that PyTorch raises
         return super().forward(_as_autocast_has_it(x))
@@ -84,7 +86,7 @@ class LayerNormOfSum(LayerNorm, OfSum):
     op, alone = ADD_LAYER_NORM, LAYER_NORM
 
     def takes_sum(self, x: Tensor) -> bool:
-        return not _widened(x)
+        return not (_widened(x) or x.is_nested)
 
 
 class LayerNorm2d(LayerNorm):
@@ -120,7 +122,8 @@ class RMSNorm(Norm):
     weight: nn.Parameter
 
     def arguments(self, x: Tensor) -> tuple[Any, ...]:
-        return self.weight, epsilon(self), self.offset, self.round_first
+        cls = type(self)  # the module may have attributes of these names for something else
+        return self.weight, epsilon(self), cls.offset, cls.round_first
 
     @classmethod
     def plain(cls, module: Any, x: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ where one has hooks, or is another module by now. So whatever happens to a model
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -13,8 +14,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules import module as torch_module
 
-from retainops.fusing._classes import become, restore
-from retainops.fusing._probe import FUNCTIONS, recognised
+from retainops.fusing._classes import become, clash, restore
+from retainops.fusing._probe import function_named, recognised
 from retainops.fusing.norms import OF_SUM, OfSum
 from retainops.nn.gated import Gated
 from retainops.nn.point import HoldsPoints
@@ -25,7 +26,8 @@ from retainops.registry import PointInfo, find
 Tensor = torch.Tensor
 
 FUNCTION = "_retainops_function"
-"""The attribute of an activation module that names its function, set while the module that calls it is fused."""
+"""The attribute of an activation module that names its function, set while the module that calls it is fused; of an
+attention module it is the function for rope."""
 
 UNIT_OF = {function: unit for unit, function in UNITS.items()}
 BIASED = {name: find(f"add_{name}") for name in ("relu", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh")}
@@ -35,7 +37,7 @@ def bare(module: Any) -> bool:
     """Whether to call a module is to call the forward of its class: no hook waits for it."""
     if not isinstance(module, nn.Module):
         return True
-    return not (
+    return type(module).__call__ is nn.Module.__call__ and not (
         "forward" in module.__dict__
         or module._forward_hooks
         or module._forward_pre_hooks
@@ -48,10 +50,15 @@ def bare(module: Any) -> bool:
 def function_of(act: Any) -> str | None:
     """The name of an activation's function, where it was recognised and nothing waits for its call."""
     if not isinstance(act, nn.Module):
-        return FUNCTIONS.get(act)
+        return function_named(act)
     name = act.__dict__.get(FUNCTION) if bare(act) else None
     form = act.__dict__.get("approximate")  # torch.nn.GELU's can be set at any time
     return name if form is None or name is None else "gelu" if form == "none" else "gelu_tanh"
+
+
+def unit_of(act: Any) -> str | None:
+    """The gated unit of an activation, unless that works in place: the gate is then another tensor after it."""
+    return None if getattr(act, "inplace", False) else UNIT_OF.get(function_of(act) or "")
 
 
 class AddNorm(HoldsPoints):
@@ -68,7 +75,7 @@ class AddNorm(HoldsPoints):
         part = type(norm).fused_parts[0]
         if part in OF_SUM:
             restore(norm)
-            become(norm, (OF_SUM[part],), ())
+            become(norm, (part if clash(norm, (OF_SUM[part],)) else OF_SUM[part],), ())
 
     def fused_add_norm(self, norm: Any, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """(norm(x + residual), x + residual)."""
@@ -100,13 +107,13 @@ class GatedUnit(CallsActivation, Gated):
 
     def fused_gated(self, act: Any, gate: Tensor, up: Tensor) -> Tensor:
         """act(gate) * up."""
-        unit = UNIT_OF.get(function_of(act) or "")
+        unit = unit_of(act)
         gate, up = self.point("gate", gate), self.point("up", up)
         return self.point("act", act(gate)) * up if unit is None else self.call(gate, up, op=GATED[unit])
 
     def fused_packed(self, act: Any, x: Tensor) -> Tensor:
         """act(gate) * up, gate the first half."""
-        unit = UNIT_OF.get(function_of(act) or "")
+        unit = unit_of(act)
         if unit is not None:
             return self.call(x, True, op=PACKED[unit])
         return self.fused_gated(act, *x.chunk(2, dim=-1))
@@ -139,9 +146,14 @@ class Rotary(HoldsPoints):
 
     op = ROPE
 
+    @staticmethod
+    def adopt(module: nn.Module) -> None:
+        module.__dict__[FUNCTION] = inspect.unwrap(type(module).forward).__globals__["apply_rotary_pos_emb"]
+
     def fused_rope(self, function: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """function(q, k, cos, sin)."""
-        if all(t.dtype == q.dtype for t in (k, cos, sin)) and cos.dim() == 3 and cos.shape[-1] == q.shape[-1]:
+        known = self.__dict__.get(FUNCTION) is function  # and not another that its file has by now
+        if known and all(t.dtype == q.dtype for t in (k, cos, sin)) and cos.dim() == 3 and cos.shape[-1] == q.shape[-1]:
             q_rot, k_rot = self.call(q, k, cos, sin, False, False)
         else:
             q_rot, k_rot = function(q, k, cos, sin)

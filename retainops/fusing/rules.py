@@ -84,6 +84,8 @@ def softmax(module: nn.Module) -> Verdict:
     part = {nn.Softmax: norms.Softmax, nn.LogSoftmax: norms.LogSoftmax}.get(type(module))
     if part is None:
         return _overriding(module, nn.Softmax, nn.LogSoftmax)
+    if not _has_own_forward(type(module)):
+        return f"the forward of torch.nn.{type(module).__name__} was exchanged"
     return "it has no dim" if module.dim is None else part
 
 
@@ -95,6 +97,8 @@ def norm(module: Any) -> Verdict:
         if isinstance(module, kind):
             if type(module).forward is not kind.forward:
                 return _of_timm(module) or _overriding(module, kind)
+            if not _has_own_forward(kind):
+                return f"the forward of torch.nn.{kind.__name__} was exchanged"
             shape: Any = getattr(module, "normalized_shape", (1,))
             if len(shape) != 1:
                 return f"it is over several dims, {tuple(shape)}"
@@ -111,7 +115,16 @@ def _of_timm(module: Any) -> Part | None:
         "GroupNorm1": norms.GroupNorm,
     }
     cls = type(module)
-    return known.get(cls.__name__) if cls.__module__ == "timm.layers.norm" and not module._fast_norm else None
+    if cls.__module__ != "timm.layers.norm" or module._fast_norm or not _has_own_forward(cls):
+        return None
+    return known.get(cls.__name__)
+
+
+def _has_own_forward(cls: Any) -> bool:
+    """Whether a library's class has the forward of its own file: nobody wrapped it or put another there."""
+    code = getattr(cls.forward, "__code__", None)
+    file = getattr(sys.modules.get(cls.__module__), "__file__", None)
+    return code is not None and code.co_filename == file and not hasattr(cls.forward, "__wrapped__")
 
 
 def _overriding(module: nn.Module, *kinds: Any) -> str | None:
@@ -213,8 +226,8 @@ def bias_act(module: Any, LINEAR: str, ACT: str) -> Verdict:
 
 @fuse_rule(
     before=[
-        "g, u = X.chunk(2, dim=-1)\nu = u * self.ACT(g)",
-        "g, u = X.chunk(2, dim=-1)\nu = self.ACT(g) * u",
+        "_g, u = X.chunk(2, dim=-1)\nu = u * self.ACT(_g)",
+        "_g, u = X.chunk(2, dim=-1)\nu = self.ACT(_g) * u",
         "_a = self.ACT(self.GATE(X))\nb = Y\nc = _a * b",
         "self.ACT(self.GATE(X)) * Y",  # not self.ACT(X): Y could change X in place
         "self.ACT(X) * y",
@@ -235,4 +248,6 @@ def gated(module: Any, ACT: str) -> Verdict:
     name = recognised(act) if callable(act) else None
     if name is None:
         return None
+    if getattr(act, "inplace", False):
+        return f"{ACT} works in place, on a gate that may be used later"
     return parts.GatedUnit if name in parts.UNIT_OF else f"{ACT} is {name}, and there is no gated unit of it"

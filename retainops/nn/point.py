@@ -45,11 +45,11 @@ class HoldsPoints(nn.Module):
 
     def ask(self, request: Retained) -> None:
         """Answer this request too, from now on: its names are those of `point_infos`."""
-        self._requests += (request,)
+        self.__dict__["_requests"] = (*self._requests, request)
 
     def cease(self, request: Retained) -> None:
         """No longer answer it."""
-        self._requests = tuple(other for other in self._requests if other is not request)
+        self.__dict__["_requests"] = tuple(other for other in self._requests if other is not request)
 
     def call(self, *inputs: Any, op: Op | None = None) -> torch.Tensor:
         """The op of these inputs, with the points that are asked for. Without grad nothing is kept, and no error.
