@@ -56,6 +56,7 @@ def spills(report: KernelReport) -> int:
         ("sm_120", torch.bfloat16, 128, "attn_grad", "causal, mask"),
         ("sm_120", torch.bfloat16, 72, "s", "causal"),
         ("sm_120", torch.bfloat16, 128, "statistics over keys", ""),
+        ("sm_90", torch.bfloat16, 128, "s and p", "mask"),
         ("sm_80", torch.float32, 64, "s and p", "causal"),
         ("sm_90", torch.float32, 128, "chefer", ""),
         ("sm_90", torch.float32, 80, "statistics over queries", ""),
