@@ -83,11 +83,13 @@ def by_query_kernel(
             keep(P, product, X, at)
             keep(S, ds, X, at)
             product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if SKIPS:
+        skipped = X.keys - (tl.minimum(last * BLOCK_N, X.keys) - tl.minimum(first * BLOCK_N, X.keys))
+        of_p, of_s = add_skipped(of_p, of_s, P.sums, S.sums, X, (b, h, m, 0, queries, keys), skipped)
     leave(of_p, P.sums, X, X.queries, b, h, m, queries)
     leave(of_s, S.sums, X, X.queries, b, h, m, queries)
     if SKIPS and S.grad.ptr is not None and S.accumulate is None:
-        at = (b, h, m, m, queries, keys)
-        none = 0.0 * (per_query(X.lse, X, at) + per_query(X.delta, X, at))  # a row that is nan is so from end to end
+        _p, none = nothing(X, (b, h, m, 0, queries, keys))
         none = tl.broadcast_to(none, (BLOCK_M, BLOCK_N))
         for j in range(first):
             keep(S, none, X, (b, h, m, j * BLOCK_N, queries, keys))
@@ -128,6 +130,10 @@ def by_key_kernel(
             of_p = add(of_p, P.sums, product, p, X, at)
             of_s = add(of_s, S.sums, ds, s, X, at)
             product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if SKIPS:
+        for i in range(first + tl.cdiv(X.queries, BLOCK_N) - last):
+            at = (b, h, tl.where(i < first, i, i - first + last) * BLOCK_N, n, queries, keys)
+            of_p, of_s = add_skipped(of_p, of_s, P.sums, S.sums, X, at, 1)
     leave(of_p, P.sums, X, X.keys, b, h, n, keys)
     leave(of_s, S.sums, X, X.keys, b, h, n, keys)
 
@@ -176,6 +182,39 @@ def add(sums, S, g, value, X, at):
         bins = tl.reshape(magnitude_bits(g) >> 23, (g.numel,))
         hist += tl.histogram(bins, 256, mask=tl.reshape(tl.broadcast_to(there, g.shape), (g.numel,)))
     return sumsq, total, abs_sum, act_grad, amax, nonfinite, positive, hist
+
+
+@triton.jit
+def nothing(X, at):
+    """Of each query of a tile in which p is 0: p * dp, and ds. A row that is nan is so from end to end."""
+    p = 0.0 * per_query(X.lse, X, at)
+    ds = p
+    if X.delta is not None:
+        ds += 0.0 * per_query(X.delta, X, at)
+    return p, ds
+
+
+@triton.jit
+def add_skipped(of_p, of_s, P, S, X, at, times):
+    """The sums with a tile added in which p is 0, or so many columns of it."""
+    p, ds = nothing(X, at)
+    sumsq, total, abs_sum, act_grad, amax, nonfinite, positive, hist = of_s
+    none = tl.sum(ds, axis=1, keep_dims=True)
+    if S.sumsq is not None:
+        sumsq += none
+    if S.sum is not None:
+        total += none
+    if S.abs_sum is not None:
+        abs_sum += none
+    if S.amax is not None:
+        amax = tl.maximum(amax, magnitude_bits(none))
+    if S.nonfinite is not None:
+        nonfinite += tl.sum((ds != ds).to(tl.int32), axis=1, keep_dims=True) * times
+    of_s = sumsq, total, abs_sum, act_grad, amax, nonfinite, positive, hist
+    sumsq, total, abs_sum, act_grad, amax, nonfinite, positive, hist = of_p
+    if P.act_grad is not None:
+        act_grad += tl.sum(p, axis=1, keep_dims=True)
+    return (sumsq, total, abs_sum, act_grad, amax, nonfinite, positive, hist), of_s
 
 
 @triton.jit

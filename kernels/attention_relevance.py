@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from retainops.kernels.attention import add_chunk, inside, keys_seen, probabilities, scores
+from retainops.kernels.attention import add_chunk, inside, keys_seen, per_query, probabilities, scores
 
 
 @triton.jit
@@ -33,8 +33,14 @@ def relevance_kernel(
     queries, keys = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_N)[None, :]
     first, last = keys_seen(X, m, BLOCK_M, BLOCK_N, SKIPS)
     EACH: tl.constexpr = CHUNKS + CHUNKS_V
-    steps = tl.where((n >= first * BLOCK_N) & (n < last * BLOCK_N), heads * EACH, 0)
+    seen = (n >= first * BLOCK_N) & (n < last * BLOCK_N)
+    steps = tl.where(seen, heads * EACH, 0)
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if SKIPS:
+        none = tl.zeros((BLOCK_M, 1), tl.float32)
+        for i in range(tl.where(seen, 0, heads)):  # a row that is nan is so from end to end
+            none += 0.0 * per_query(X.lse, X, (b, part * heads + i, m, n, queries, keys))
+        total += none
     s = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for step in range(steps):

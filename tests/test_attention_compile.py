@@ -143,7 +143,9 @@ def test_dropout_goes_through_the_definition() -> None:
     assert 0.3 < (kept.p.grad == 0).float().mean() < 0.7
 
 
-@pytest.mark.parametrize("want", [ro.Relevance("chefer", "legrad", "attn_grad"), ro.Part(heads=1), ro.Part(keys=[])], ids=str)
+@pytest.mark.parametrize(
+    "want", [ro.Relevance("chefer", "legrad", "attn_grad"), ro.Part(heads=1), ro.Part(keys=[])], ids=str
+)
 def test_dropout_and_other_forms(want: Any) -> None:
     """By the definition's own taps; dropout of nothing but a rounding, so that eager has the same."""
 

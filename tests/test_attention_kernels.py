@@ -268,6 +268,36 @@ def test_infinite_values_stay_with_their_key() -> None:
         assert torch.equal(~found[part].isfinite(), nonfinite > 0)
 
 
+@pytest.mark.parametrize("name", LARGER)
+@pytest.mark.parametrize("what", ["q", "do"])
+def test_a_row_that_is_nan_is_so_where_tiles_are_left_out(what: str, name: str) -> None:
+    """In every sum and count, and in relevance. A nan in q is in p; one in the output's gradient is in delta alone."""
+    run = Run(ALL[name], torch.float32)
+    dead = 5, 43
+    for row in dead:
+        getattr(run.scores, what).data[0, 1, row] = torch.nan
+    parts = ("sumsq", "sum", "abs_sum", "amax", "nonfinite")
+    scores = run.scores._replace(lse=kernels.with_lse(run.scores).lse)  # finite where do is nan
+    s = run.empty()
+    kernels.answer(scores, Wanted(s), None)
+    expected = torch.zeros(s.shape, dtype=torch.bool)
+    expected[0, 1, list(dead)] = True
+    assert torch.equal(s.isnan(), expected)
+    for over in ("queries", "keys", "tensor", "heads"):
+        of_s, of_p = kernels.answer(scores, Wanted(parts=parts, over=over), None)
+        dims = {"queries": (-1,), "keys": (-2,), "tensor": (0, 1, 2, 3), "heads": (-1, -2)}[over]
+        assert torch.equal(of_s["nonfinite"], expected.sum(dims)), over
+        for part in parts[:-1]:
+            assert torch.equal(of_s[part].isnan(), expected.sum(dims) > 0), (over, part)
+    if what == "q":
+        _, of_p = kernels.answer(
+            scores, None, Wanted(parts=("act_grad",), over="keys", relevance=("chefer", "attn_grad"))
+        )
+        assert torch.equal(of_p["act_grad"].isnan(), expected.any(-2))
+        for kind in ("chefer", "attn_grad"):
+            assert torch.equal(of_p[kind].isnan(), expected.any(1)), kind
+
+
 def test_not_a_number_stays_one() -> None:
     """In a row of q: in all of its gradient of s, where tiles are skipped too, in its sums, and in the maximum."""
     run = Run(ALL["causal, ragged"], torch.float32)

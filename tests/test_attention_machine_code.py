@@ -23,6 +23,7 @@ def reports(target: str, dtype: torch.dtype, d: int, asked: str, bound: str = ""
     lse = torch.empty(b, h, n)
     mask = torch.zeros(1, 1, n, n, dtype=dtype) if "mask" in bound else None
     scores = Scores(q, q, q, mask, q, None, lse, 0.3, "causal" in bound, (None, None), None, None, None, lse)
+    scores = scores._replace(top=None if mask is None else lse)
     s = p = None
     if asked in ("s", "s and p"):
         s = Wanted(torch.empty(b, h, n, n, dtype=dtype))
@@ -55,6 +56,7 @@ def spills(report: KernelReport) -> int:
         ("sm_120", torch.bfloat16, 128, "attn_grad", "causal, mask"),
         ("sm_120", torch.bfloat16, 72, "s", "causal"),
         ("sm_120", torch.bfloat16, 128, "statistics over keys", ""),
+        ("sm_90", torch.bfloat16, 128, "s and p", "mask"),
         ("sm_80", torch.float32, 64, "s and p", "causal"),
         ("sm_90", torch.float32, 128, "chefer", ""),
         ("sm_90", torch.float32, 80, "statistics over queries", ""),

@@ -128,6 +128,21 @@ def test_into_a_buffer(accumulate: bool, layout: str, path: Any) -> None:
         assert kept[point].grad is buffer
 
 
+def test_chosen_keys_of_p_take_no_pass_over_whole_rows(monkeypatch: pytest.MonkeyPatch, path: Any) -> None:
+    """Its gradient is do v^T, without p."""
+    from retainops.ops import _asked
+
+    passes, made = [], _asked._with_row_numbers
+    monkeypatch.setattr(_asked, "_with_row_numbers", lambda *args: passes.append(1) or made(*args))
+    q, k, v, _ = CAUSAL.tensors(torch.float32, path.device)
+    true = truth(CAUSAL, torch.float32, path.device)
+    for name, count in (("p", 0), ("s", 1)):
+        kept = ro.Retained(**{name: ro.Part(keys=[3, 0])})
+        loss_of(ro.attention(q, k, v, is_causal=True, retain=kept)).backward()
+        torch.testing.assert_close(kept[name].grad, true[name]["grad"][..., [3, 0]].float(), atol=1e-5, rtol=1e-5)
+        assert len(passes) == count
+
+
 def test_a_buffer_of_five_dims(path: Any) -> None:
     q, k, v = (drawn(2, 3, 2, 5, 4, seed=i).detach().to(path.device).requires_grad_() for i in range(3))
     buffer = torch.ones(3, 2, 2, 5, 5, dtype=torch.float64, device=path.device).transpose(0, 1)
@@ -244,6 +259,18 @@ def test_a_number_added_to_every_key_of_a_row(dtype: torch.dtype, added: float, 
     for s in (whole.s.grad, part.s.grad):
         torch.testing.assert_close(s.float(), ds, **near)
     torch.testing.assert_close(whole.p.chefer, chefer, **near)
+
+
+def test_what_a_kernel_says_of_a_row_without_a_sum() -> None:
+    """PyTorch's say inf both of a row that sees no key and of one that is nan; the output tells them apart."""
+    from retainops.ops._attention import _normal
+
+    o = torch.ones(1, 1, 3, 2)
+    o[0, 0, 0], o[0, 0, 1] = 0.0, torch.nan
+    for inf in (torch.inf, -torch.inf):
+        lse = _normal(torch.tensor([[[inf, inf, 0.5]]]), o)
+        assert torch.equal(lse.isnan(), torch.tensor([[[False, True, False]]]))
+        assert torch.equal(lse.nan_to_num(), torch.tensor([[[0.0, 0.0, 0.5]]]))
 
 
 def test_no_gradient_leaves_where_none_arrives(path: Any) -> None:

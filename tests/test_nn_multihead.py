@@ -47,6 +47,7 @@ CASES = {
     "a mask for each head, padding": Case(mask="heads", padding="bool"),
     "causal": Case({"batch_first": True}, same="all", mask="causal"),
     "causal, padding, one key more": Case({"add_bias_kv": True}, same="all", mask="causal", padding="bool"),
+    "self, unbatched": Case(same="all", batched=False),
     "unbatched": Case({"batch_first": True}, mask="heads", padding="bool", batched=False),
 }
 over_cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)

@@ -81,9 +81,9 @@ class MultiheadAttention(nn.MultiheadAttention, HoldsPoints):
         padding, mask = self._additive(key_padding_mask, attn_mask, query.dtype)
         padding = padding if batched or padding is None else padding.unsqueeze(0)
         q = self._length_first(query, batched)
-        # What is one tensor stays one: its projections are one product.
-        k = q if key is query else self._length_first(key, batched)
-        v = q if value is query else k if value is key else self._length_first(value, batched)
+        # What is one tensor stays one: its projections are one product. PyTorch's module does so for batches alone.
+        k = q if key is query and batched else self._length_first(key, batched)
+        v = k if value is key and batched else self._length_first(value, batched)
         q, k, v = self._heads(*self._projected(q, k, v))
         if is_causal and padding is None and not need_weights:
             mask = None
@@ -158,14 +158,17 @@ class MultiheadAttention(nn.MultiheadAttention, HoldsPoints):
         return F.linear(x, weight, bias).unflatten(-1, (count, self.embed_dim)).movedim(-2, 0).contiguous().unbind(0)
 
     def _heads(self, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
-        """(length, batch, features) -> (batch, heads, length, head_dim), with the keys that the options add."""
+        """(length, batch, features) -> (batch, heads, length, head_dim), with the keys that the options add.
+
+        By the views of PyTorch's module: a batch of one has other strides in other ones, and some products other bits.
+        """
         n = q.shape[1]
         if self.bias_k is not None and self.bias_v is not None:
             k, v = (torch.cat([t, bias.repeat(1, n, 1)]) for t, bias in ((k, self.bias_k), (v, self.bias_v)))
-        q, k, v = (t.unflatten(-1, (self.num_heads, self.head_dim)).permute(1, 2, 0, 3) for t in (q, k, v))
+        q, k, v = (t.reshape(len(t), n * self.num_heads, self.head_dim).transpose(0, 1) for t in (q, k, v))
         if self.add_zero_attn:
-            k, v = (torch.cat([t, t.new_zeros(n, self.num_heads, 1, self.head_dim)], -2) for t in (k, v))
-        return [q, k, v]
+            k, v = (torch.cat([t, t.new_zeros(len(t), 1, self.head_dim)], 1) for t in (k, v))
+        return [t.view(n, self.num_heads, t.shape[1], self.head_dim) for t in (q, k, v)]
 
     def _joined(self, mask: Tensor | None, padding: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
         """One mask that broadcasts to (batch, heads, queries, keys); keys that the options added are not masked."""

@@ -137,7 +137,7 @@ def _answer(scores: Scores, s: Wanted | None, p: Wanted | None, places: Places, 
     if not kernels:
         scores = scores._replace(lse=None, o=None)  # the tiles make them again, nearer to the truth
     if places:
-        scores = picked_of(scores, places, kernels)
+        scores = picked_of(scores, places, kernels, takes_rows=s is not None or (p is not None and p.takes_value))
     if kernels and _scores_kernels.refuses(scores, s, p) is None:
         return _scores_kernels.answer(scores, s, p)
     return _scores.answer(scores, s, p)
@@ -147,8 +147,11 @@ def _tensors(scores: Scores) -> list[Tensor]:
     return [x for x in scores if isinstance(x, Tensor)]
 
 
-def picked_of(scores: Scores, places: Places, kernels: bool) -> Scores:
-    """The scores of chosen heads, queries and keys: as few as there are of them."""
+def picked_of(scores: Scores, places: Places, kernels: bool, takes_rows: bool = True) -> Scores:
+    """The scores of chosen heads, queries and keys: as few as there are of them.
+
+    takes_rows: p is of account, and so, where keys are chosen, the numbers of whole rows.
+    """
     at = dict(places)
     h, n, m = scores.shape[1:]
     if -3 in at:
@@ -162,7 +165,8 @@ def picked_of(scores: Scores, places: Places, kernels: bool) -> Scores:
         scores = _picked(scores, ((-1, at[-2]),), ("lse",))
         scores = scores._replace(q_at=picked(torch.arange(n, device=scores.q.device), ((-1, at[-2]),)))
     if -1 in at:
-        scores = _with_row_numbers(scores, kernels)
+        if takes_rows:
+            scores = _with_row_numbers(scores, kernels)
         scores = _picked(scores, ((-2, at[-1]),), ("k", "v"))
         scores = _picked(scores, ((-1, at[-1]),), ("mask",))
         scores = scores._replace(k_at=picked(torch.arange(m, device=scores.q.device), ((-1, at[-1]),)))

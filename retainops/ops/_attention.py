@@ -168,7 +168,8 @@ def _normal(lse: Tensor, o: Tensor) -> Tensor | None:
         return None
     b, h, n, _ = o.shape
     lse = lse.detach().reshape(b, h, -1)[..., :n]  # one kernel pads the rows
-    return lse.masked_fill(lse.isinf(), 0.0)  # what one says of a row that sees no key
+    # One says inf of a row that sees no key, whose output is 0, and of a row that is nan.
+    return torch.where(lse.isinf(), 0.0 * o.detach()[..., 0].to(lse.dtype), lse)
 
 
 def _hooked() -> bool:

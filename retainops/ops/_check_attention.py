@@ -31,7 +31,7 @@ def check(
             raise TypeError(
                 f"{op}: softcap is {type(softcap).__name__}; expected a number above 0, such as 50.0, or None"
             )
-        if not 0 < softcap < math.inf:  # of a symbolic number too
+        if not 0 < float(softcap) < math.inf:  # of a symbolic number too
             raise ValueError(f"{op}: softcap is {softcap}; expected a number above 0, such as 50.0, or None")
     if window is not None:
         sides = (window,) if not isinstance(window, tuple) else window

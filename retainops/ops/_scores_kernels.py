@@ -69,7 +69,7 @@ def answer(scores: Scores, s: Wanted | None, p: Wanted | None) -> tuple[Parts, P
 
 
 def with_lse(scores: Scores) -> Scores:
-    """With lse and top, (B, H, Nq), dense, in float32; made if lse is not given. Only a mask that is added takes top."""
+    """With lse and top, (B, H, Nq), dense, in float32; made if lse is not given. Only an added mask takes a top."""
     if scores.lse is not None:
         lse, top = (None if x is None else x.to(torch.float32).contiguous() for x in (scores.lse, scores.top))
         return scores._replace(lse=lse, top=top)

@@ -49,7 +49,9 @@ def tiles_of(scores: Scores, kind: str) -> Tiles:
         return Tiles(64, 64, 16, 8 if kind in ("statistics", "legrad") else 4, 2)
     target = triton.runtime.driver.active.get_current_target()
     hopper, blackwell = (target.backend == "cuda" and target.arch // 10 == n for n in (9, 10))
-    cut = kind == "grad" and bounds(scores) != (None, None)  # comparisons of places take registers too
+    added = scores.mask is not None and scores.mask.dtype != torch.bool
+    # Comparisons of places take registers too, and so does `top`.
+    cut = kind == "grad" and (added or bounds(scores) != (None, None))
     masked = kind == "relevance" and scores.mask is not None and not hopper  # and so do pointers to a mask
     columns = 64 if kind == "statistics" or cut or masked or blackwell else 128
     widths = scores.q.shape[-1], scores.v.shape[-1]

@@ -44,8 +44,8 @@ def attention(
     """`torch.nn.functional.scaled_dot_product_attention`, whose scores and probabilities can be asked for.
 
     Without softcap, window and retain it is that function and nothing else. With retain its kernels still make the
-    output and the gradients of q, k and v, to the same bits; what was asked for is made again from q, k and v in
-    backward, tile by tile, and never exists as a whole unless it was asked for as a whole.
+    output and the gradients of q, k and v, to the same bits (but with dropout); what was asked for is made again from
+    q, k and v in backward, tile by tile, and never exists as a whole unless it was asked for as a whole.
 
     Args:
         q: (..., H, Nq, D), of a floating dtype.
