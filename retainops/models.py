@@ -116,7 +116,8 @@ def retain(model: nn.Module, what: Patterns = "*", want: Want = None) -> Iterato
     different set of points is one more graph (`torch._dynamo.config.recompile_limit`), kept for the next time.
 
     Args:
-        model: any module; requests are held by its own modules alone, so other models and threads see nothing.
+        model: any module; requests are held by its own modules alone, so other models see nothing. Threads that run
+            the same model see them.
         what: a glob pattern of names ("*" crosses dots), a sequence of them, a callable on the name, or a mapping
             from pattern to want (of several patterns that match a name, the last one counts).
         want: in what form: None (the gradient), `Stats(...)`, of points of attention `Part(...)` and `Relevance(...)`,
@@ -157,6 +158,7 @@ class Asked:
     def __init__(self, who: str, model: nn.Module, what: Patterns = "*", want: Want = None) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"{who}: model is {type(model).__name__}; expected a torch.nn.Module")
+        self._who = who
         there = ModelPoints(model)
         if not there:
             more = ""
@@ -181,6 +183,8 @@ class Asked:
         """From here on the modules hold the request."""
         try:
             for of, request in self._of_holders:
+                if not isinstance(of, Holder):
+                    raise RuntimeError(f"{self._who}: a {type(of).__name__} holds no points any more; ask anew")
                 of.ask(request)
         except BaseException:  # all of them, or none
             self.off()
@@ -189,7 +193,8 @@ class Asked:
     def off(self) -> None:
         """The modules are as they were, but for what others ask of them. Off already: nothing happens."""
         for of, request in self._of_holders:
-            of.cease(request)
+            if isinstance(of, Holder):  # and not a module that was unfused since
+                of.cease(request)
 
 
 def _original(module: nn.Module) -> nn.Module:

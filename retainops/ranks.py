@@ -32,9 +32,12 @@ def all_reduce(slots: Mapping[str, Slot], group: ProcessGroup | None) -> None:
     if not (dist.is_available() and dist.is_initialized()):
         raise RuntimeError("all_reduce: torch.distributed is not set up; call init_process_group()")
     asked = {name: slot for name, slot in slots.items() if isinstance(slot.want, Stats)}
+    ranks = tuple(dist.get_process_group_ranks(group))
+    device = _device(asked, group)
+    sizes = _agree(asked, ranks, device, group)
+    # From here on all ranks find the same, so that none of them waits for one that has raised an error.
     if not asked:
         raise ValueError('all_reduce: there are no statistics; ask for some, such as Stats("l2"). Gradients stay local')
-    ranks = tuple(dist.get_process_group_ranks(group))
     for name, slot in asked.items():
         over = slot.want.over  # type: ignore[union-attr]
         if over not in ("tensor", "channels"):
@@ -44,8 +47,6 @@ def all_reduce(slots: Mapping[str, Slot], group: ProcessGroup | None) -> None:
             )
         if ranks in slot._reduced_over:
             raise RuntimeError(f"all_reduce: '{name}' was reduced over this group already; call reset() in between")
-    device = _device(asked, group)
-    sizes = _agree(asked, device, group)
     fields = list(_fields(asked, sizes))
     sums = [field for field in fields if field[1] != "amax"]
     maxima = [field for field in fields if field[1] == "amax"]
@@ -74,17 +75,20 @@ def _local(part: Any) -> torch.Tensor:
     return part.shares if hasattr(part, "shares") else part
 
 
-def _agree(asked: Mapping[str, Slot], device: torch.device, group: ProcessGroup | None) -> list[int]:
+def _agree(
+    asked: Mapping[str, Slot], ranks: tuple[int, ...], device: torch.device, group: ProcessGroup | None
+) -> list[int]:
     """The number of channels of each slot over channels, in order; -1 where no gradient came on any rank.
 
     Raises:
         RuntimeError: on every rank, if they ask for different things, or have different numbers of channels.
     """
-    text = repr([(name, slot.want, slot.parts) for name, slot in asked.items()])
+    text = repr([(name, slot.want, slot.parts, ranks in slot._reduced_over) for name, slot in asked.items()])
     layout = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "little")
     if not _same([layout], device, group)[1]:
         raise RuntimeError(
-            "all_reduce: the ranks ask for different statistics; ask for the same points and the same Stats on each"
+            "all_reduce: the ranks ask for different statistics; ask for the same points and the same Stats on each, "
+            "and call reset() on each"
         )
     over_channels = {name: slot for name, slot in asked.items() if slot.want.over == "channels"}  # type: ignore[union-attr]
     own = [next((p.shape[0] for p in slot._parts.values() if len(p.shape)), -1) for slot in over_channels.values()]

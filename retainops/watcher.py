@@ -198,7 +198,8 @@ def watch(
         A `Watcher`: call its `step()`, or `attach` it to an optimizer; a `with` around the loop closes it.
 
     Raises:
-        TypeError: a want is no `Stats`, a sink is not callable, or as of `ro.retain`.
+        TypeError: a want is no `Stats`, a sink is not callable, `every` or `start` is of another type, or as of
+            `ro.retain`.
         ValueError: `every` or `on_nonfinite` makes no sense, or as of `ro.retain`.
         KeyError: a pattern matches nothing.
 
@@ -210,10 +211,16 @@ def watch(
         ...         optimizer.zero_grad()
         ...         watcher.step()
     """
+    if isinstance(every, bool):
+        raise TypeError("watch: every is a bool; expected a number of steps, at least 1")
+    if not isinstance(start, int) or isinstance(start, bool):
+        raise TypeError(f"watch: start is {start!r}; expected the number of a step")
     if not isinstance(every, int) or every < 1:
         raise ValueError(f"watch: every is {every!r}; expected a number of steps, at least 1")
     if on_nonfinite not in ON_NONFINITE:
         raise ValueError(f"watch: on_nonfinite is {on_nonfinite!r}; expected one of {', '.join(ON_NONFINITE)}")
+    if not callable(to) and not isinstance(to, Iterable):
+        raise TypeError(f"watch: to is {type(to).__name__}; expected a callable of (step, readings), or several")
     sinks = (to,) if callable(to) else tuple(to)
     for sink in sinks:
         if not callable(sink):

@@ -297,6 +297,8 @@ def case_what_is_refused() -> Any:
     found = {"no statistics": error(lambda: ro.Retained("c").all_reduce())}
     found["rows"] = error(lambda: ro.Retained(c=ro.Stats("l2", over="rows")).all_reduce())
     found["others"] = error(lambda: ro.Retained(c=ro.Stats("l2" if rank else "sum")).all_reduce())
+    found["rows on one"] = error(lambda: ro.Retained(c=ro.Stats("l2", over="rows" if rank else "tensor")).all_reduce())
+    found["nothing on one"] = error(lambda: (ro.Retained(c=ro.Stats("l2")) if rank else ro.Retained("c")).all_reduce())
     channels = ro.Retained(c=ro.Stats("l2", over="channels"))
     gradient(channels, g)
     found["channels"] = error(channels.all_reduce)
@@ -304,6 +306,9 @@ def case_what_is_refused() -> Any:
     gradient(twice, g)
     twice.all_reduce()
     found["twice"] = error(twice.all_reduce)
+    if rank:
+        twice.reset()
+    found["reset on one"] = error(twice.all_reduce)
     twice.reset()
     gradient(twice, g)
     found["after reset"] = error(twice.all_reduce)

@@ -15,6 +15,7 @@ from retainops.fusing._code import Site, sites_of
 from retainops.fusing.parts import FUNCTION
 from retainops.fusing.registry import RULES, Change, Part, Rule
 from retainops.fusing.table import Row, Table
+from retainops.nn.guests import requests_of
 from retainops.nn.point import HoldsPoints
 from retainops.retained import listed
 
@@ -38,6 +39,7 @@ def fuse(model: nn.Module, *, rules: Sequence[Rule | str] | None = None) -> Tabl
     Raises:
         TypeError: `model` is not a module.
         KeyError: there is no rule of a name; the message lists them.
+        RuntimeError: its points are asked for, in a `with ro.retain(model, ...)` or in a step of `ro.watch`.
 
     Example:
         >>> print(ro.fuse(model))
@@ -45,6 +47,7 @@ def fuse(model: nn.Module, *, rules: Sequence[Rule | str] | None = None) -> Tabl
         ...     model(input_ids, labels=labels).loss.backward()
     """
     model = _checked("fuse", model)
+    _not_asked("fuse", model)
     return _Fusing(_chosen(rules)).run(model)
 
 
@@ -59,18 +62,16 @@ def unfuse(model: nn.Module) -> Table:
 
     Raises:
         TypeError: `model` is not a module.
-        RuntimeError: it is inside a `with ro.retain(model, ...)`.
+        RuntimeError: its points are asked for, in a `with ro.retain(model, ...)` or in a step of `ro.watch`.
 
     Example:
         >>> ro.fuse(model)
         >>> ro.unfuse(model)
     """
     model = _checked("unfuse", model)
-    modules = list(model.named_modules())
-    if any(isinstance(m, HoldsPoints) and m._requests for _, m in modules):
-        raise RuntimeError("unfuse: ro.retain(model, ...) holds requests in its modules; unfuse after that `with`")
+    _not_asked("unfuse", model)
     rows = []
-    for name, module in modules:
+    for name, module in list(model.named_modules()):
         kind = type(module).__name__
         vars(module).pop(FUNCTION, None)
         if is_fused(module) and "forward" in vars(module):  # which may hold the fused one
@@ -90,6 +91,14 @@ def _checked(function: str, model: Any) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"{function}: model is {type(model).__name__}; expected a torch.nn.Module")
     return getattr(model, "_orig_mod", model)  # what torch.compile wrapped
+
+
+def _not_asked(function: str, model: nn.Module) -> None:
+    if any(requests_of(m) or (isinstance(m, HoldsPoints) and m._requests) for m in model.modules()):
+        raise RuntimeError(
+            f"{function}: ro.retain(model, ...) or ro.watch(model, ...) holds requests in its modules; {function} it "
+            "after that `with`, or after watcher.close()"
+        )
 
 
 def _chosen(rules: Sequence[Rule | str] | None) -> list[Rule]:
@@ -146,6 +155,8 @@ class _Fusing:
             reason = verdict if isinstance(verdict, str) else _why_not(module, (verdict,), ())
             if reason is not None:
                 self.rows.append(Row(name, kind, None, reason))
+                if rule.changes:
+                    continue
                 return ()
             self.rows.append(Row(name, kind, verdict.op.name))
             if not has_forward(verdict):

@@ -57,7 +57,7 @@ class TorchNorm(Norm):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.is_nested and x.layout == torch.strided:  # which has no shape
-            return self.fused_from.forward(self, x)
+            return self.fused_from.forward(self, x)  # type: ignore[union-attr]
         if self.normalized_shape and x.shape[-1:] != self.normalized_shape:
             F.layer_norm(x, self.normalized_shape)  # the error that PyTorch raises
         return super().forward(_as_autocast_has_it(x))

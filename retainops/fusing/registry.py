@@ -32,6 +32,7 @@ class Rule:
     """One rule; `ro.fuse_rule` makes it of a function, and docs/fuse.md has examples.
 
     Attributes:
+        changes: whether its verdicts are `Change`s: others may then still want the module.
         name: that of the function. A rule of the same name takes the place of an earlier one.
         patterns: code of the module's methods; none: the rule is about the module as a whole.
     """
@@ -40,11 +41,12 @@ class Rule:
         self.decide, self.patterns = decide, patterns
         self.name: str = decide.__name__
         self.__doc__ = decide.__doc__
+        self.changes = False
         self.undone: Callable[[nn.Module], str | None] = lambda module: None
 
     def undo(self, function: Callable[[nn.Module], str | None]) -> Callable[[nn.Module], str | None]:
         """Decorator: a function that undoes what a `Change` of this rule did to a module, and says what; else None."""
-        self.undone = function
+        self.undone, self.changes = function, True
         return function
 
     def __repr__(self) -> str:

@@ -6,6 +6,7 @@ Importing this module registers it: every model there that dispatches its attent
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.masking_utils import sdpa_mask
 
 from retainops.fusing import Change
@@ -195,23 +196,62 @@ def fuse_attention(model: Any) -> Change | str | None:
         return None
     if not getattr(model, "_supports_attention_backend", False):
         return "its attention is not called through transformers' registry"
-    if had not in ("eager", "sdpa"):
+    if had == "eager":
+        return (
+            f"eager attention treats rows that see no key in its own way; set_attn_implementation({NAME!r}) if none do"
+        )
+    if had != "sdpa":
         return f"its attention is {had}, which somebody chose"
+    if getattr(model.config, "attn_logit_softcapping", None) is not None:
+        return "its softcap is left out by sdpa, and would not be by retainops"
 
     def apply() -> None:
-        vars(model)[HAD] = had
-        model.set_attn_implementation(NAME)
+        vars(model)[HAD] = had, _own_configs(model)
+        try:
+            model.set_attn_implementation(NAME)
+        except BaseException:
+            _give_back(model, vars(model).pop(HAD)[1])
+            raise
 
     return Change("attention", apply)
 
 
-def unfuse_attention(model: nn.Module) -> str | None:
-    """Give a model the attention back that it had before `fuse_attention`."""
+def unfuse_attention(model: Any) -> str | None:
+    """Give a model the attention back that it had before `fuse_attention`, unless it was given another one since."""
     if HAD not in vars(model):
         return None
-    model.set_attn_implementation(vars(model).pop(HAD))  # type: ignore[operator]
+    had, configs = vars(model).pop(HAD)
+    if model.config._attn_implementation not in _names:
+        return None
+    model.set_attn_implementation(had)
+    _give_back(model, configs)
     return "attention"
 
 
+Configs = list[tuple[str, str, Any]]
+"""The path of a module, its attribute, and the configuration that it had there."""
+
+
+def _own_configs(model: nn.Module) -> Configs:
+    """Give a model a configuration of its own: another model may be made of the same one."""
+    memo: dict[int, Any] = {}  # modules that share one share its copy, and parts of it stay parts
+    had: Configs = []
+    for path, module in model.named_modules():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, PreTrainedConfig):
+                had.append((path, name, value))
+                vars(module)[name] = copy.deepcopy(value, memo)
+    return had
+
+
+def _give_back(model: nn.Module, configs: Configs) -> None:
+    """The configurations from before, unless something was set in them or in those in their place."""
+    modules = dict(model.named_modules())
+    there = [(modules[path].__dict__, name, old) for path, name, old in configs if path in modules]
+    if all(name in own and own[name].to_dict() == old.to_dict() for own, name, old in there):
+        for own, name, old in there:
+            own[name] = old
+
+
 HAD = "_retainops_attention"
-"""Of a model: the attention that it had."""
+"""Of a model: the attention that it had, and its configurations."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from retainops.nn.point import HoldsPoints
+from retainops.nn.point import LOCK, HoldsPoints
 from retainops.registry import Op, PointInfo
 from retainops.retained import Retained
 
@@ -44,15 +44,17 @@ class Guest:
 
     def ask(self, request: Retained) -> None:
         """Let the module's calls answer this request too."""
-        setattr(self.module, ATTRIBUTE, Asked((*requests_of(self.module), request)))
+        with LOCK:
+            self.module.__dict__[ATTRIBUTE] = Asked((*requests_of(self.module), request))
 
     def cease(self, request: Retained) -> None:
         """Let them no longer answer it."""
-        left = tuple(other for other in requests_of(self.module) if other is not request)
-        if left:
-            setattr(self.module, ATTRIBUTE, Asked(left))
-        elif hasattr(self.module, ATTRIBUTE):
-            delattr(self.module, ATTRIBUTE)
+        with LOCK:
+            left = tuple(other for other in requests_of(self.module) if other is not request)
+            if left:
+                self.module.__dict__[ATTRIBUTE] = Asked(left)
+            else:
+                self.module.__dict__.pop(ATTRIBUTE, None)
 
 
 Holder = HoldsPoints | Guest

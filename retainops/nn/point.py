@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any, ClassVar
 
 import torch
@@ -11,6 +12,9 @@ from retainops.nn._several import call_with_several
 from retainops.points import tap
 from retainops.registry import Op, PointInfo
 from retainops.retained import Retained
+
+LOCK = threading.Lock()
+"""Of the requests of all modules, while they change: several threads may ask one module."""
 
 
 class HoldsPoints(nn.Module):
@@ -45,11 +49,13 @@ class HoldsPoints(nn.Module):
 
     def ask(self, request: Retained) -> None:
         """Answer this request too, from now on: its names are those of `point_infos`."""
-        self.__dict__["_requests"] = (*self._requests, request)
+        with LOCK:
+            self.__dict__["_requests"] = (*self._requests, request)
 
     def cease(self, request: Retained) -> None:
         """No longer answer it."""
-        self.__dict__["_requests"] = tuple(other for other in self._requests if other is not request)
+        with LOCK:
+            self.__dict__["_requests"] = tuple(other for other in self._requests if other is not request)
 
     def call(self, *inputs: Any, op: Op | None = None) -> torch.Tensor:
         """The op of these inputs, with the points that are asked for. Without grad nothing is kept, and no error.

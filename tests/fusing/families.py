@@ -87,7 +87,11 @@ FAMILIES: dict[str, Family] = {
     "mistral": Family(_decoder("Mistral"), tokens, LLAMA_LIKE),
     "qwen2": Family(_decoder("Qwen2"), tokens, LLAMA_LIKE),
     "qwen3": Family(_decoder("Qwen3", tie_word_embeddings=True), tokens, {**LLAMA_LIKE, "rms_norm": 9}),
-    "gemma2": Family(_decoder("Gemma2", query_pre_attn_scalar=8), tokens, {**LLAMA_LIKE, "rms_norm": 9}),
+    "gemma2": Family(  # its attention is eager, which stays
+        _decoder("Gemma2", query_pre_attn_scalar=8),
+        tokens,
+        {"cross_entropy": 1, "add_norm": 2, "rope": 2, "gated": 2, "rms_norm": 9},
+    ),
     "gemma3": Family(
         _hf("Gemma3ForCausalLM", "Gemma3TextConfig", **SIZES, query_pre_attn_scalar=8),
         tokens,

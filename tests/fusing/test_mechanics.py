@@ -487,7 +487,7 @@ def test_without_gradients(block: Block, x: torch.Tensor) -> None:
 
 def test_unfuse_under_requests_is_an_error(block: Block) -> None:
     ro.fuse(block)
-    with ro.retain(block), pytest.raises(RuntimeError, match="unfuse: ro.retain.* unfuse after that `with`"):
+    with ro.retain(block), pytest.raises(RuntimeError, match="unfuse: ro.retain.* unfuse it after that `with`"):
         ro.unfuse(block)
     ro.unfuse(block)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 from torch import nn
 
 import retainops as ro
+from tests.fusing.families import SIZES
 from tests.fusing.test_mechanics import TinyRMSNorm, assert_same, run
 
 
@@ -276,3 +279,85 @@ def test_a_function_of_rope_that_is_exchanged_later(monkeypatch: pytest.MonkeyPa
     assert torch.equal(step(copied, inputs)["loss"], ours["loss"])
     assert not torch.equal(ours["loss"], theirs["loss"])
     assert all(slot.grad is not None for slot in kept.values())
+
+
+def test_models_of_one_configuration() -> None:
+    from transformers import LlamaConfig, LlamaModel
+
+    config = LlamaConfig(**SIZES)
+    one, other = LlamaModel(config), LlamaModel(config)
+    ro.fuse(one)
+    assert one.config._attn_implementation == "retainops"
+    assert all(m.config is one.config for m in one.modules() if "config" in vars(m))
+    assert other.config is config
+    assert config._attn_implementation == "sdpa"
+    assert "attention" in {row.op for row in ro.fuse(other)}
+    ro.unfuse(one)
+    assert all(m.config is config for m in one.modules() if "config" in vars(m)) or one.config is not other.config
+    assert other.config._attn_implementation == "retainops"
+    ro.unfuse(other)
+    assert all(m.config is config for m in (*one.modules(), *other.modules()) if "config" in vars(m))
+    ro.fuse(one)
+    one.config.use_cache = False
+    one.set_attn_implementation("eager")  # somebody's choice
+    ro.unfuse(one)
+    assert (one.config._attn_implementation, one.config.use_cache) == ("eager", False)
+    assert (config._attn_implementation, config.use_cache) == ("sdpa", True)
+    assert "eager attention treats" in str(ro.fuse(one))
+    assert one.config._attn_implementation == "eager"
+
+
+def test_the_loss_of_a_model_says_nothing_about_its_attention() -> None:
+    from tests.fusing.families import make
+
+    model, _ = make("bert")
+    table = ro.fuse(model)
+    assert [row.op for row in table if not row.name] == [None, "attention"]
+    assert model.config is model.bert.config
+
+
+def test_nothing_is_fused_or_unfused_while_it_is_asked(x: torch.Tensor) -> None:
+    from transformers import LlamaConfig, LlamaModel
+
+    model = LlamaModel(LlamaConfig(**SIZES))
+    ro.fuse(model, rules=["attention"])
+    why = r"fuse: ro.retain\(model, ...\) or ro.watch\(model, ...\) holds requests"
+    with ro.retain(model, "*.p"):
+        for function in (ro.fuse, ro.unfuse):
+            with pytest.raises(RuntimeError, match=why):
+                function(model)
+    ro.unfuse(model)
+
+    block = Acts(nn.GELU())
+    ro.fuse(block)
+    watcher = ro.watch(block, every=2)
+    with pytest.raises(RuntimeError, match="un" + why):
+        ro.unfuse(block)
+    run(block, x)
+    watcher.step()
+    ro.unfuse(block)
+    with pytest.raises(RuntimeError, match="watch: a Acts holds no points any more; ask anew"):
+        watcher.step()
+    watcher.close()
+
+
+def test_threads_that_ask_at_once() -> None:
+    """Without a lock, requests get lost between reading and writing."""
+    point = ro.nn.Point()
+
+    def ask() -> None:
+        for _ in range(300):
+            with ro.retain(point):
+                pass
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=ask) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert point._requests == ()
