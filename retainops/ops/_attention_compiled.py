@@ -226,10 +226,13 @@ def _bounds(window: Sequence[int]) -> tuple[int | None, int | None]:
     return left, right
 
 
-@torch.compiler.assume_constant_result
 def _kernels() -> bool:
     """By the backend that is in force while tracing: backward may run in a thread that does not know of it."""
     return backend_name() != "reference"
+
+
+# What torch.compiler.assume_constant_result does, without loading torch._dynamo with the library.
+_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class Ear(torch.autograd.Function):
