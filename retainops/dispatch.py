@@ -111,7 +111,7 @@ def transformed() -> str | None:
 
 def plain(t: torch.Tensor) -> bool:
     """Whether a kernel can read this tensor's memory as it stands."""
-    return t.device.type in _kernel_devices and dense(t)
+    return (t.is_cuda or t.device.type in _kernel_devices) and dense(t)  # to ask for the device's type takes longest
 
 
 def dense(t: torch.Tensor) -> bool:
@@ -189,9 +189,12 @@ def requested(op: Op, inputs: tuple[Any, ...], retain: Retained) -> Mapping[str,
             raise KeyError(f"{op.name}: unknown point '{name}'; its points are: {', '.join(names)}")
     if op.kind != "attention":
         for slot in retain.values():
-            if isinstance(slot.want, (Part, Relevance)) or getattr(slot.want, "over", "") in OVER_OF_ATTENTION:
+            want = slot.want
+            if want is None:
+                continue
+            if isinstance(want, (Part, Relevance)) or getattr(want, "over", "") in OVER_OF_ATTENTION:
                 raise ValueError(
-                    f"{op.name}: point '{slot.name}' was asked for {slot.want}, which is for points of attention; ask "
+                    f"{op.name}: point '{slot.name}' was asked for {want}, which is for points of attention; ask "
                     "for the gradient, or for Stats over the tensor, rows or channels"
                 )
     if torch.compiler.is_compiling():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, ValuesView
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
@@ -84,6 +84,9 @@ class Retained(Mapping[str, Slot]):
 
     def __contains__(self, name: object) -> bool:
         return name in self._slots
+
+    def values(self) -> ValuesView[Slot]:
+        return self._slots.values()  # a view of `Mapping` looks up each one by its name: every call iterates over them
 
     # A request is an object with a state of its own: two equal-looking ones are two.
     __eq__ = object.__eq__

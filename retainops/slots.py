@@ -11,7 +11,7 @@ import functools
 import itertools
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any, NamedTuple
 
 import torch
@@ -85,7 +85,7 @@ class Slot:
 
     def _connect(self) -> None:
         # Leaves of other shapes since `reset()`, which statistics may come to as well; a graph holds each of them.
-        self._others: weakref.WeakValueDictionary[int, torch.Tensor] = weakref.WeakValueDictionary()
+        self._others: MutableMapping[int, torch.Tensor] | None = None
         self._lock = threading.RLock()  # threads may use one slot at once; backward calls come from several anyway
         self.carrier = parcel.carrier()
         self.carrier.register_post_accumulate_grad_hook(functools.partial(_outside_graphs(), weakref.ref(self)))
@@ -153,7 +153,7 @@ class Slot:
         self._may_rebind = True
         self._parts = {}
         self._reduced_over = set()
-        self._others.clear()
+        self._others = None
         self._arrival = None
         self.carrier.grad = None
         if self._leaf is not None:
@@ -185,6 +185,8 @@ class Slot:
                     f"holds one of shape {tuple(leaf.shape)}, {leaf.dtype}, on {leaf.device}; call reset() on it "
                     "between the two, or use one Retained for each"
                 )
+            if self._others is None:
+                self._others = weakref.WeakValueDictionary()
             self._others[id(leaf)] = leaf
         if self.want is not None and not isinstance(self.want, Part):
             self.want.check(op, self.name, shape, dtype, device)
@@ -211,6 +213,9 @@ class Slot:
         The shape is the graph's: the slot itself may have been reset and bound to another one since.
         """
         self._note_arrival()
+        if self.want is None:
+            new = torch.empty(shape, dtype=dtype, device=device)
+            return Answer(new, False, new, None)
         if isinstance(self.want, Into):
             buffer = self.want.buffer
             self.want.check(op, self.name, shape, dtype, device)
@@ -231,7 +236,8 @@ class Slot:
 
     def merge(self, parts: Mapping[str, PartOfStats], leaf: torch.Tensor | None = None) -> None:
         """Take one backward call's parts of statistics, unless they come to a leaf that a reset has done away with."""
-        if leaf is not None and leaf is not self._leaf and self._others.get(id(leaf)) is not leaf:
+        earlier: Mapping[int, torch.Tensor] = self._others or {}
+        if leaf is not None and leaf is not self._leaf and earlier.get(id(leaf)) is not leaf:
             return
         with self._lock:
             self._note_arrival()

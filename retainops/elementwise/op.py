@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -20,9 +20,6 @@ from retainops.points import no_grad
 from retainops.registry import Op, PointInfo
 from retainops.slots import Slot
 
-if TYPE_CHECKING:
-    from retainops.ops._operands import Grad
-
 
 class OnKernels(Pointwise):
     """A generated pair of kernels: they take the inputs that the output depends on."""
@@ -38,14 +35,14 @@ class OnKernels(Pointwise):
     def operands(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
         return tuple(inputs[i] for i in self._generated.inputs)
 
-    def gradients(self, inputs: Sequence[Any], shape: torch.Size, needed: Sequence[bool]) -> tuple[Grad, ...]:
-        from retainops.ops._operands import Grad
+    def gradients(self, inputs: Sequence[Any], shape: torch.Size, needed: Sequence[bool]) -> tuple[Any, ...]:
+        from retainops.ops._operands import gradient
 
-        return tuple(Grad(inputs[i], shape, needed[i]) for i in self._generated.graded)
+        return tuple(gradient(inputs[i], shape, needed[i]) for i in self._generated.graded)
 
-    def returned(self, grads: Sequence[Grad], inputs: Sequence[Any]) -> list[torch.Tensor | None]:
-        found = dict(zip(self._generated.graded, grads, strict=True))
-        return [found[i].finish() if i in found else None for i in range(len(inputs))]
+    def returned(self, grads: Sequence[Any], inputs: Sequence[Any]) -> list[torch.Tensor | None]:
+        found = dict(zip(self._generated.graded, super().returned(grads, grads), strict=True))
+        return [found.get(i) for i in range(len(inputs))]
 
     def forward_kernel(self, inputs: int, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
         return self.maths()[0], {}

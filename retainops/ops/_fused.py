@@ -55,13 +55,13 @@ class Fused(torch.autograd.Function):
         ctx.count = len(args) - len(op.points)
         inputs, leaves = args[: ctx.count], args[ctx.count :]
         ctx.op, ctx.kernels, ctx.slots = op, kernels, slots
-        ctx.leaves = {p.name: leaf for p, leaf in zip(op.points, leaves, strict=True) if leaf is not None}
+        ctx.leaves = slots and {p.name: leaf for p, leaf in zip(op.points, leaves, strict=True) if leaf is not None}
         ctx.autocast = autocast_here(layout.device.type)
         ctx.set_materialize_grads(False)
         results = kernels.forward(inputs, layout)
         outputs, others = results[: len(layout.outputs)], results[len(layout.outputs) :]
         # A statistic of value x gradient needs the values after all.
-        values = any("act_grad" in slot.parts for slot in slots.values())
+        values = bool(slots) and any("act_grad" in slot.parts for slot in slots.values())
         ctx.others = saved(ctx, (*kernels.keeps(inputs, outputs, values), *others))
         return outputs if len(outputs) > 1 else outputs[0]
 
@@ -72,7 +72,7 @@ class Fused(torch.autograd.Function):
         if all(dy is None for dy in dys):  # no gradient arrives: none leaves, as in eager
             return none + (None,) * len(needs)
         needed, wanted = needs[: ctx.count], needs[ctx.count :]
-        leaves = {p.name: ctx.leaves[p.name] for p, want in zip(op.points, wanted, strict=True) if want}
+        leaves = ctx.leaves and {p.name: ctx.leaves[p.name] for p, want in zip(op.points, wanted, strict=True) if want}
         if not kernels_can(*dys, readable=getattr(ctx.kernels, "reads", dispatch.plain)):
             with ctx.autocast():  # whatever is in force around this backward
                 by_reference = getattr(ctx.kernels, "through_reference", through_reference)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import numbers
 from collections.abc import Callable, Hashable, Sequence
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -26,32 +27,26 @@ class Prepared(NamedTuple):
 
     Attributes:
         kept: the kernel, and functions that are constants of it: a key has their ids, which are theirs while they live.
-        groups: of each of the kernel's first parameters: None for an operand, a number for a tuple of so many.
-        makers: one for each operand: makes the argument.
+        makers: one for each operand or tuple of them: makes the kernel's argument.
         tail: the kernel's arguments behind the operands.
-        start: starts the compiled kernel on its grid.
+        start: starts the compiled kernel on its grid, on a device's current stream.
     """
 
     kept: tuple[Any, ...]
-    groups: tuple[int | None, ...]
     makers: tuple[Callable[[Any], Any], ...]
     tail: tuple[Any, ...]
     start: Callable[..., Any]
 
-    def arguments(self, flat: Sequence[Any]) -> list[Any]:
+    def arguments(self, operands: Sequence[Any]) -> list[Any]:
         """The kernel's first arguments."""
-        made = [make(x) for make, x in zip(self.makers, flat, strict=True)]
-        found: list[Any] = []
-        i = 0
-        for size in self.groups:
-            found.append(made[i] if size is None else tuple(made[i : i + size]))
-            i += size or 1
-        return found
+        return [make(x) for make, x in zip(self.makers, operands, strict=True)]
 
 
 MOST = 4096
 """Launches that are remembered. When there are more all are forgotten, and prepared again as they come."""
 _prepared: dict[Hashable, Prepared] = {}
+_signed: dict[Hashable, Prepared] = {}
+"""Some of them by what their caller calls them, which takes less to put together."""
 
 
 def launch(
@@ -61,6 +56,7 @@ def launch(
     *operands: Any,
     walked: Callable[..., Walk] | None = None,
     programs: Callable[[Walk], int] | None = None,
+    signature: Hashable = None,
     **constants: Any,
 ) -> None:
     """Launch a kernel of the form kernel(*operands, SHAPE, DTYPE, BLOCK_M, BLOCK_N, **constants) over a shape.
@@ -74,29 +70,55 @@ def launch(
         walked: how to walk the tensors, from what `walk` takes; default: `walk`. Like `programs` it may depend on the
             kernel, the shape and the layouts of the operands, and on nothing else.
         programs: how many programs a walk is shared by; default: each tile has its own.
-        **constants: the kernel's own.
+        signature: what all of this follows from, but for pointers and numbers: for `relaunch`. Default: nothing.
+        **constants: the kernel's own; one that follows from the walk is a function of it, such as `covers`.
     """
     if not shape.numel():
         return
     flat = _flat(operands)
+    device = _device_of(flat)
+    if device < 0:  # no GPU's, so a simulated one's
+        device = triton.runtime.driver.active.get_current_device()
+    elif device != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            launch(kernel, shape, dtype, *operands, walked=walked, programs=programs, signature=signature, **constants)
+        return
+    given = operands
     held = torch.float64 if dtype == torch.float64 else torch.float32
-    device = next(x.device for x in flat if isinstance(x, (torch.Tensor, Unread)))
     if held == torch.float64 and any(isinstance(x, numbers.Real) for x in flat):  # Triton passes numbers as float32
-        operands = _each(operands, lambda x: _tensor(x, held, device) if isinstance(x, numbers.Real) else x)
+        operands = _each(operands, lambda x: _tensor(x, held, flat) if isinstance(x, numbers.Real) else x)
         flat = _flat(operands)
     if any(type(x) is Kept and x.is_into for x in flat):
         operands = _apart(operands)
         flat = _flat(operands)
-    with on_device(device):
-        where = device.index if device.type == "cuda" else triton.runtime.driver.active.get_current_device()
-        key = (id(kernel), shape, held, where, *map(key_of, flat), *map(_key_of_constant, constants.values()))
-        known = _prepared.get(key)
-        if known is None:
-            if len(_prepared) >= MOST:
-                _prepared.clear()
-            _prepared[key] = _first(kernel, shape, held, operands, flat, walked, programs, constants)
-            return
-        known.start(*known.arguments(flat), *known.tail)
+    # Triton hashes a function by its source and all that it refers to, anew each time.
+    constant = [id(x) if type(x) is triton.JITFunction else x for x in constants.values()]
+    key = (id(kernel), shape, held, device, *map(key_of, flat), *constant)
+    known = _prepared.get(key)
+    if known is not None:
+        known.start(device, *known.arguments(operands), *known.tail)
+    else:
+        if len(_prepared) >= MOST:
+            forget()
+        known = _prepared[key] = _first(kernel, shape, held, operands, flat, walked, programs, constants)
+    if signature is not None and operands is given:  # not a number made a tensor, not a copy beside an `Into`
+        if len(_signed) >= MOST:
+            _signed.clear()
+        _signed[device, signature] = known
+
+
+def relaunch(signature: Hashable, like: torch.Tensor, *operands: Any) -> bool:
+    """Launch as `launch` did with this signature, on the device of `like`; whether it has: otherwise call that."""
+    device = like.get_device()
+    if device < 0:
+        device = triton.runtime.driver.active.get_current_device()
+    elif device != torch.cuda.current_device():
+        return False
+    known = _signed.get((device, signature))
+    if known is None:
+        return False
+    known.start(device, *known.arguments(operands), *known.tail)
+    return True
 
 
 def _first(
@@ -117,24 +139,55 @@ def _first(
     numbered = [x.shape for x in flat if isinstance(x, Seed)]
     way = (walked or walk)(shape, tensors, summed, numbered, gradients)
     grid = (programs(way) if programs else way.grid[0], 1, 1)
+    constants = {name: x(way) if isinstance(x, FunctionType) else x for name, x in constants.items()}
     dtype = tl.float64 if held == torch.float64 else tl.float32
-    groups = tuple(len(x) if type(x) is tuple else None for x in operands)
-    makers = tuple(maker_of(way, shape, x, held) for x in flat)
-    prepared = Prepared((kernel, *constants.values()), groups, makers, (), print)
-    given = prepared.arguments(flat)
+    makers = tuple(_maker(way, shape, x, held) for x in operands)
+    prepared = Prepared((kernel, *constants.values()), makers, (), print)
+    given = prepared.arguments(operands)
     compiled = kernel[grid](*given, way.shape, dtype, *way.block, **constants, num_warps=way.warps)
     tail = (way.shape, dtype, *way.block, *(constants[name] for name in kernel.arg_names[len(given) + 4 :]))
-    return prepared._replace(tail=tail, start=compiled[grid])
+    return prepared._replace(tail=tail, start=_starter(compiled, grid))
 
 
-def _key_of_constant(x: Any) -> Hashable:
-    """Triton hashes a function by its source and all that it refers to, anew each time."""
-    return id(x) if isinstance(x, triton.JITFunction) else x
+def _maker(way: Walk, shape: torch.Size, operand: Any, held: torch.dtype) -> Callable[[Any], Any]:
+    """`maker_of`, also for a tuple of operands."""
+    if type(operand) is not tuple:
+        return maker_of(way, shape, operand, held)
+    makers = [maker_of(way, shape, x, held) for x in operand]
+    return lambda group: tuple([make(x) for make, x in zip(makers, group, strict=True)])
+
+
+# The versions of Triton whose compiled kernels are known to be started as `_starter` does.
+_IS_KNOWN = (3, 6) <= tuple(int(n) for n in triton.__version__.split(".")[:2]) <= (3, 9)
+
+
+def _starter(compiled: Any, grid: tuple[int, int, int]) -> Callable[..., None]:
+    """What starts a compiled kernel: start(device, *arguments), as `compiled[grid](*arguments)` does.
+
+    Triton asks for the device again, and calls a profiler's hooks before and after a launch even where there are none.
+    """
+    by_triton = compiled[grid]
+    run, function, packed = compiled.run, compiled.function, compiled.packed_metadata
+    runtime, driver = triton.knobs.runtime, triton.runtime.driver
+
+    def start(device: int, *arguments: Any) -> None:
+        if not _IS_KNOWN or _is_hooked(runtime.launch_enter_hook) or _is_hooked(runtime.launch_exit_hook):
+            by_triton(*arguments)
+            return
+        run(*grid, driver.active.get_current_stream(device), function, packed, None, None, None, *arguments)
+
+    return start
+
+
+def _is_hooked(hook: Any) -> bool:
+    """Whether anything happens in it: a chain of hooks may be empty."""
+    return bool(getattr(hook, "calls", hook))
 
 
 def forget() -> None:
-    """Prepare every launch anew: for tests that change what `walked` and `programs` depend on."""
+    """Prepare every launch anew, as tests ask for that change what `walked` and `programs` depend on."""
     _prepared.clear()
+    _signed.clear()
 
 
 def triton_dtype(x: torch.Tensor) -> tl.dtype:
@@ -142,8 +195,17 @@ def triton_dtype(x: torch.Tensor) -> tl.dtype:
     return getattr(tl, str(x.dtype).removeprefix("torch."))
 
 
-def _tensor(x: Any, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    return torch.full((), x, dtype=dtype, device=device)
+def _device_of(flat: Sequence[Any]) -> int:
+    """The number of the operands' GPU; less than 0: they are elsewhere."""
+    for x in flat:
+        if isinstance(x, (torch.Tensor, Unread)):
+            return x.get_device()
+    raise AssertionError("a launch without a tensor")
+
+
+def _tensor(x: Any, dtype: torch.dtype, flat: Sequence[Any]) -> torch.Tensor:
+    """A number as a tensor, on the device of the operands."""
+    return torch.full((), x, dtype=dtype, device=next(x.device for x in flat if isinstance(x, (torch.Tensor, Unread))))
 
 
 def _flat(operands: Sequence[Any]) -> list[Any]:
@@ -165,11 +227,10 @@ def _apart(operands: Sequence[Any]) -> tuple[Any, ...]:
     return _each(operands, apart)
 
 
-_HERE = contextlib.nullcontext()
-
-
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Make a GPU the current one: Triton launches there, whatever the tensors say."""
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        return torch.cuda.device(device)
-    return _HERE
+    return contextlib.nullcontext() if _is_current(device) else torch.cuda.device(device)
+
+
+def _is_current(device: torch.device) -> bool:
+    return device.type != "cuda" or device.index == torch.cuda.current_device()

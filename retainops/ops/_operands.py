@@ -7,7 +7,7 @@ What is left to do at every launch is to put the pointers in.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -68,6 +68,16 @@ def key_of(x: Any) -> Hashable:
     if hasattr(x, "place"):
         return cast(Hashable, x.key())
     return layout_of(x) if isinstance(x, torch.Tensor) else cast(Hashable, kind)
+
+
+def signature_of(x: Any) -> Hashable:
+    """What the operands that are made of an input depend on, besides pointers and numbers."""
+    kind = type(x)
+    if kind is torch.Tensor or kind is torch.nn.Parameter:
+        return x.shape, x.stride(), x.dtype, x.data_ptr() % ALIGNED == 0
+    if kind is Unread:
+        return x.shape, x.like.stride(), x.like.dtype  # its gradient is laid out as it
+    return x if kind is bool or kind is str else key_of(x)
 
 
 def maker_of(way: Walk, shape: torch.Size, x: Any, held: torch.dtype) -> Callable[[Any], Any]:
@@ -151,6 +161,15 @@ class Grad:
         return self.partial.sum(0).view(self.x.shape)
 
 
+def gradient(x: Any, shape: torch.Size, needed: bool) -> Grad | torch.Tensor | None:
+    """Where a kernel that walks over the shape writes the gradient of an input: a new tensor where it is no sum."""
+    if not needed:
+        return None
+    if x.shape != shape and x.shape.numel() != shape.numel():
+        return Grad(x, shape, True)
+    return _empty_like(x)
+
+
 def _empty_like(x: torch.Tensor | Unread) -> torch.Tensor:
     return x.empty_like() if isinstance(x, Unread) else torch.empty_like(x)
 
@@ -169,9 +188,9 @@ class Kept:
         self.shape, self.dtype, self.device = leaf.shape, leaf.dtype, leaf.device
         self.tensor, self.accumulate, self.returned, self.stats = slot.answer(op, self.shape, self.dtype, self.device)
         self.is_into = self.tensor is not None and self.returned is None
-        self.summed: list[torch.Size] = []
-        self.partials: dict[str, torch.Tensor] = {}
+        self.summed: Sequence[torch.Size] = ()
         if self.stats is not None:
+            self.partials: dict[str, torch.Tensor] = {}
             self.small = self.stats.shape(self.shape)
             # Rows keep their dims where they are: the small shape must broadcast to the shape.
             self.summed = [torch.Size((*self.small, 1)) if self.stats.over == "rows" else self.small]
@@ -179,7 +198,8 @@ class Kept:
     def key(self) -> Hashable:
         """All that its place depends on."""
         stats = self.stats and (self.stats.parts, self.stats.over)
-        return self.shape, self.broadcast, self.tensor is not None and layout_of(self.tensor), self.accumulate, stats
+        layout = self.tensor is not None and layout_of(self.tensor)
+        return self.shape, self.broadcast, layout, self.is_into, self.accumulate, stats
 
     def place(self, way: Walk, shape: torch.Size) -> Any:
         """Strides of the gradient, where shares of statistics go, and how many tiles there are."""
@@ -244,7 +264,7 @@ class KeptSum:
     ) -> None:
         self.op, self.slot, self.leaf, self.value = op, slot, leaf, value
         self.grad = Grad(leaf, shape, True)
-        self.tensor, self.returned, self.summed = None, None, self.grad.summed
+        self.tensor, self.returned, self.summed, self.is_into = None, None, self.grad.summed, False
 
     def key(self) -> Hashable:
         """All that its place depends on."""

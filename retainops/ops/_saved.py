@@ -15,6 +15,10 @@ class Unread:
         self.like = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
         self.shape, self.device = x.shape, x.device
 
+    def get_device(self) -> int:
+        """As of a tensor."""
+        return -1 if self.device.index is None else self.device.index
+
     def zeros(self) -> torch.Tensor:
         """A tensor of the shape, of one stored element, for a reference whose gradients do not depend on it."""
         return torch.zeros((), dtype=self.like.dtype, device=self.device).expand(self.shape)
@@ -30,8 +34,9 @@ def saved(ctx: Any, kept: Sequence[Any]) -> list[Any]:
     Returns:
         What is to be kept besides: numbers, and whatever stands for a tensor.
     """
-    ctx.save_for_backward(*(x if isinstance(x, torch.Tensor) else None for x in kept))
-    return [None if isinstance(x, torch.Tensor) else x for x in kept]
+    tensors = [x if isinstance(x, torch.Tensor) else None for x in kept]
+    ctx.save_for_backward(*tensors)
+    return [x if t is None else None for t, x in zip(tensors, kept, strict=True)]
 
 
 def restored(ctx: Any) -> list[Any]:
