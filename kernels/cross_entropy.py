@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from retainops.kernels.points import retain
-from retainops.kernels.rows import columns_inside, row_tile
+from retainops.kernels.rows import columns_inside, straight_tile
 from retainops.kernels.tiles import load, offsets, store, store_grad
 from retainops.kernels.unary import divide, tanh
 
@@ -33,6 +33,7 @@ def cross_entropy_fwd_kernel(
     BLOCK_N: tl.constexpr,
     FIRST,
     IGNORE,
+    DIVIDES: tl.constexpr,
     WHOLE: tl.constexpr,
     SMOOTHED: tl.constexpr,
     PENALISED: tl.constexpr,
@@ -44,7 +45,8 @@ def cross_entropy_fwd_kernel(
     of the (weighted) logits, that of exp(z - m), and z of the target, so far; what follows from them is the host's.
     """
     i = tl.program_id(0)
-    at = row_tile(i, 0, SHAPE, BLOCK_M, BLOCK_N)
+    at = straight_tile(i, 0, SHAPE, BLOCK_M, BLOCK_N, DIVIDES)
+    t = load(T, at, SHAPE, tl.int64, BLOCK_M, 1)
     m = tl.full((BLOCK_M, 1), float("-inf"), DTYPE)
     total = tl.zeros((BLOCK_M, 1), DTYPE)
     base = tl.zeros((BLOCK_M, 1), DTYPE)
@@ -53,14 +55,12 @@ def cross_entropy_fwd_kernel(
         m = load(MAX, at, SHAPE, DTYPE, BLOCK_M, 1)
         total = load(LOGSUM, at, SHAPE, DTYPE, BLOCK_M, 1)
         rest = load(LOSS, at, SHAPE, DTYPE, BLOCK_M, 1)
-    # Before the loop: one load waits for the other, and so both are on their way while the row is read.
-    picked = logit_of_target(X, T, CAP, at, FIRST, SHAPE, DTYPE, BLOCK_M, BLOCK_N, CAPPED)
     for n in range(0, SHAPE[-1], BLOCK_N):
-        here = row_tile(i, n, SHAPE, BLOCK_M, BLOCK_N)
+        here = straight_tile(i, n, SHAPE, BLOCK_M, BLOCK_N, DIVIDES)
         x = load(X, here, SHAPE, DTYPE, BLOCK_M, BLOCK_N)
         z, _slope = softcapped(x, CAP, here, SHAPE, DTYPE, BLOCK_M, BLOCK_N, CAPPED)
-        ok = columns_inside(here, SHAPE, BLOCK_N)
-        z = tl.where(ok, z, float("-inf"))
+        if not DIVIDES:
+            z = tl.where(columns_inside(here, SHAPE, BLOCK_N), z, float("-inf"))
         above = tl.maximum(m, tl.max(z, axis=1, keep_dims=True))
         total = total * tl.exp(m - finite(above)) + tl.sum(tl.exp(z - finite(above)), axis=1, keep_dims=True)
         m = above
@@ -68,8 +68,11 @@ def cross_entropy_fwd_kernel(
             if WHOLE:  # differences from a number near the maximum: a large one in all logits would cancel
                 base = tl.where(n == 0, finite(above), base)
             terms = weighted(W, z - base, here, SHAPE, DTYPE, BLOCK_M, BLOCK_N)
-            rest += tl.sum(tl.where(ok, terms, 0.0), axis=1, keep_dims=True)
-    t = load(T, at, SHAPE, tl.int64, BLOCK_M, 1)  # again: held through the loop it would cost registers
+            if not DIVIDES:
+                terms = tl.where(columns_inside(here, SHAPE, BLOCK_N), terms, 0.0)
+            rest += tl.sum(terms, axis=1, keep_dims=True)
+    # After the loop: the load waits for that of t, and what waits for it in the program's order waits, too.
+    picked = logit_of_target(X, t, CAP, at, FIRST, SHAPE, DTYPE, BLOCK_M, BLOCK_N, CAPPED)
     there = (t >= FIRST) & (t - FIRST < SHAPE[-1])
     if WHOLE:
         share = tl.full((BLOCK_M, 1), 1.0, DTYPE)
@@ -108,6 +111,7 @@ def cross_entropy_bwd_kernel(
     LOGSUM,
     SHARE,
     DLOSS,
+    DIVISOR,
     DX,
     DZ,
     DP,
@@ -118,24 +122,29 @@ def cross_entropy_bwd_kernel(
     FIRST,
     CLASSES,
     IGNORE,
+    DIVIDES: tl.constexpr,
     SMOOTHED: tl.constexpr,
     PENALISED: tl.constexpr,
     CAPPED: tl.constexpr,
 ):
     """One tile of dz = p * total - own, whose columns are the classes from FIRST on, of CLASSES in all."""
     tiles_n = (SHAPE[-1] - 1) // BLOCK_N + 1
-    at = row_tile(tl.program_id(0) // tiles_n, tl.program_id(0) % tiles_n * BLOCK_N, SHAPE, BLOCK_M, BLOCK_N)
+    column = tl.program_id(0) % tiles_n * BLOCK_N
+    at = straight_tile(tl.program_id(0) // tiles_n, column, SHAPE, BLOCK_M, BLOCK_N, DIVIDES)
     x = load(X, at, SHAPE, DTYPE, BLOCK_M, BLOCK_N)
     z, slope = softcapped(x, CAP, at, SHAPE, DTYPE, BLOCK_M, BLOCK_N, CAPPED)
     m = load(MAX, at, SHAPE, DTYPE, BLOCK_M, 1)
     logsum = load(LOGSUM, at, SHAPE, DTYPE, BLOCK_M, 1)
     dloss = load(DLOSS, at, SHAPE, DTYPE, BLOCK_M, 1)
+    if DIVISOR.ptr is not None:
+        dloss = divide(dloss, load(DIVISOR, at, SHAPE, DTYPE, BLOCK_M, 1))
     smoothing = load(SMOOTHING, at, SHAPE, DTYPE, BLOCK_M, BLOCK_N)
     t = load(T, at, SHAPE, tl.int64, BLOCK_M, 1)
     kept = t != IGNORE
     hit = (1.0 - smoothing) * load(SHARE, at, SHAPE, DTYPE, BLOCK_M, 1)
     hit = tl.where(kept, dloss * hit, 0.0)  # dloss is inf where the mean is of no row
-    own = tl.where(at[2] + tl.arange(0, BLOCK_N)[None, :] == t - FIRST, hit, 0.0)
+    place = tl.maximum(tl.minimum(t - FIRST - at[2], BLOCK_N), -1).to(tl.int32)  # in this tile, or beside it
+    own = tl.where(tl.arange(0, BLOCK_N)[None, :] == place, hit, 0.0)
     total = hit
     if SMOOTHED:
         each = tl.where(kept, dloss * (smoothing / CLASSES), 0.0)
@@ -152,11 +161,31 @@ def cross_entropy_bwd_kernel(
 
 
 @triton.jit
+def cross_entropy_mean_kernel(
+    LOSS, SHARE, Y, TOTAL, SHAPE, DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """The sum of the rows' losses or, if there is a SHARE, their mean by its sum, which is left too. One program."""
+    loss, share = tl.zeros((BLOCK_M, BLOCK_N), DTYPE), tl.zeros((BLOCK_M, BLOCK_N), DTYPE)
+    for n in range(0, SHAPE[-1], BLOCK_N):
+        at = straight_tile(0, n, SHAPE, BLOCK_M, BLOCK_N, False)
+        loss += load(LOSS, at, SHAPE, DTYPE, BLOCK_M, BLOCK_N)
+        if SHARE.ptr is not None:
+            share += load(SHARE, at, SHAPE, DTYPE, BLOCK_M, BLOCK_N)
+    at = straight_tile(0, 0, SHAPE, 1, 1, True)
+    y = tl.sum(loss, axis=1, keep_dims=True)
+    if SHARE.ptr is not None:
+        total = tl.sum(share, axis=1, keep_dims=True)
+        store(TOTAL, total, at, SHAPE, 1, 1)
+        y = divide(y, total)
+    store(Y, y, at, SHAPE, 1, 1)
+
+
+@triton.jit
 def logit_of_target(
-    X, T, CAP, at, FIRST, SHAPE, DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAPPED: tl.constexpr
+    X, t, CAP, at, FIRST, SHAPE, DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAPPED: tl.constexpr
 ):
     """z of each row's target, where that is among these columns."""
-    t = load(T, at, SHAPE, tl.int64, BLOCK_M, 1) - FIRST
+    t -= FIRST
     there = (t >= 0) & (t < SHAPE[-1])
     x = load_class(X, t, there, offsets(X, at, SHAPE, BLOCK_M, 1), at, SHAPE, DTYPE, BLOCK_M)
     z, _ = softcapped(x, CAP, at, SHAPE, DTYPE, BLOCK_M, BLOCK_N, CAPPED)

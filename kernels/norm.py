@@ -1,7 +1,7 @@
 """Norms over the last dim: y = xhat * (w + offset) + b, xhat = (x - mean) * rstd. docs/ops/norm.md derives them.
 
 With a MEAN it is layer norm; otherwise mean is 0: root mean square norm. With a residual R, x is the sum of the two,
-which is stored too. Where a program walks down many tiles, in backward and over rows that are CHUNKED, the next ones
+which is stored too. Where a program walks over many tiles, in backward and along rows that are CHUNKED, the next ones
 are on their way while it works on one (STAGES). In backward what all rows share is held in registers: the weights, if
 they fit (HOLD), and a share of their gradients.
 """
@@ -12,6 +12,8 @@ import triton.language as tl
 from retainops.kernels.elementary import rsqrt
 from retainops.kernels.points import retain
 from retainops.kernels.rows import (
+    AGAIN,
+    ONCE,
     add_to_moments,
     load_for_rows,
     load_inside,
@@ -19,7 +21,7 @@ from retainops.kernels.rows import (
     row_tile,
     row_tiles,
     store_share_of_rows,
-    tile_in_loop,
+    straight_tile,
 )
 from retainops.kernels.tiles import load, store, store_grad
 from retainops.kernels.unary import divide
@@ -50,38 +52,37 @@ def norm_fwd_kernel(
 
     ROUND: the dtype that xhat is rounded to before w, or None.
     """
-    first, step = tl.program_id(0), tl.num_programs(0)
-    eps = load(EPS, row_tile(first, 0, SHAPE, BLOCK_M, BLOCK_N), SHAPE, DTYPE, BLOCK_M, BLOCK_N)
+    i = tl.program_id(0)
+    at = straight_tile(i, 0, SHAPE, BLOCK_M, BLOCK_N, WHOLE)
+    eps = load(EPS, at, SHAPE, DTYPE, BLOCK_M, BLOCK_N)
     if not CHUNKED:
-        at = row_tile(first, 0, SHAPE, BLOCK_M, BLOCK_N)
         x = summed(X, R, S, at, SHAPE, DTYPE, BLOCK_M, BLOCK_N)
-        w = weight(W, OFFSET, at, SHAPE, DTYPE, BLOCK_M, BLOCK_N)
-        b = load_for_rows(B, 0.0, at, SHAPE, DTYPE, BLOCK_M, BLOCK_N)
-        mean, square = moments(x, at, SHAPE, MEAN.ptr is not None, BLOCK_M, BLOCK_N)
+        mean, square = moments(x, at, SHAPE, MEAN.ptr is not None, WHOLE, BLOCK_M, BLOCK_N)
         rstd = stored(MEAN, RSTD, mean, square, eps, at, SHAPE, BLOCK_M)
         xhat = rounded((x - mean) * rstd, ROUND)
+        w = weight(W, OFFSET, at, SHAPE, DTYPE, BLOCK_M, BLOCK_N)
+        b = load_for_rows(B, 0.0, at, SHAPE, DTYPE, BLOCK_M, BLOCK_N)
         store_normed(S, Y, W, B, x, xhat, w, b, at, SHAPE, BLOCK_M, BLOCK_N)
     else:
-        for i in range(first, row_tiles(SHAPE, BLOCK_M), step):
-            mean = tl.zeros((BLOCK_M, 1), DTYPE)
-            square = tl.zeros((BLOCK_M, 1), DTYPE)
-            for n in tl.range(0, SHAPE[-1], BLOCK_N, num_stages=STAGES):
-                at = tile_in_loop(i, n, SHAPE, BLOCK_M, BLOCK_N, WHOLE)
-                x = summed(X, R, S, at, SHAPE, DTYPE, BLOCK_M, BLOCK_N)
-                m, s = moments(x, at, SHAPE, MEAN.ptr is not None, BLOCK_M, BLOCK_N)
-                mean, square = add_to_moments(mean, square, n, m, s, tl.minimum(SHAPE[-1] - n, BLOCK_N))
-            at = tile_in_loop(i, 0, SHAPE, BLOCK_M, BLOCK_N, WHOLE)
-            rstd = stored(MEAN, RSTD, mean, square, eps, at, SHAPE, BLOCK_M)
-            # Backwards: what was read last is the likeliest to be in the cache still.
-            last = (SHAPE[-1] - 1) // BLOCK_N * BLOCK_N
-            for n in tl.range(0, SHAPE[-1], BLOCK_N, num_stages=STAGES):
-                at = tile_in_loop(i, last - n, SHAPE, BLOCK_M, BLOCK_N, WHOLE)
-                x = summed(X, R, S, at, SHAPE, DTYPE, BLOCK_M, BLOCK_N)
-                there = row_tile(i, last - n, SHAPE, BLOCK_M, BLOCK_N)
-                w = weight(W, OFFSET, there, SHAPE, DTYPE, BLOCK_M, BLOCK_N)
-                b = load_for_rows(B, 0.0, there, SHAPE, DTYPE, BLOCK_M, BLOCK_N)
-                xhat = rounded((x - mean) * rstd, ROUND)
-                store_normed(S, Y, W, B, x, xhat, w, b, at, SHAPE, BLOCK_M, BLOCK_N)
+        mean = tl.zeros((BLOCK_M, 1), DTYPE)
+        square = tl.zeros((BLOCK_M, 1), DTYPE)
+        for n in tl.range(0, SHAPE[-1], BLOCK_N, num_stages=STAGES):
+            at = straight_tile(i, n, SHAPE, BLOCK_M, BLOCK_N, WHOLE)
+            x = summed(X, R, S, at, SHAPE, DTYPE, BLOCK_M, BLOCK_N, AGAIN)
+            m, s = moments(x, at, SHAPE, MEAN.ptr is not None, WHOLE, BLOCK_M, BLOCK_N)
+            mean, square = add_to_moments(mean, square, n, m, s, tl.minimum(SHAPE[-1] - n, BLOCK_N))
+        at = straight_tile(i, 0, SHAPE, BLOCK_M, BLOCK_N, WHOLE)
+        rstd = stored(MEAN, RSTD, mean, square, eps, at, SHAPE, BLOCK_M)
+        # Backwards: what was read last is the likeliest to be in the cache still.
+        last = (SHAPE[-1] - 1) // BLOCK_N * BLOCK_N
+        for n in tl.range(0, SHAPE[-1], BLOCK_N, num_stages=STAGES):
+            at = straight_tile(i, last - n, SHAPE, BLOCK_M, BLOCK_N, WHOLE)
+            x = summed(X, R, S, at, SHAPE, DTYPE, BLOCK_M, BLOCK_N, ONCE)
+            there = row_tile(i, last - n, SHAPE, BLOCK_M, BLOCK_N)
+            w = weight(W, OFFSET, there, SHAPE, DTYPE, BLOCK_M, BLOCK_N)
+            b = load_for_rows(B, 0.0, there, SHAPE, DTYPE, BLOCK_M, BLOCK_N)
+            xhat = rounded((x - mean) * rstd, ROUND)
+            store_normed(S, Y, W, B, x, xhat, w, b, at, SHAPE, BLOCK_M, BLOCK_N, ONCE)
 
 
 @triton.jit
@@ -120,10 +121,10 @@ def norm_bwd_kernel(
     dw = tl.zeros((BLOCK_M, BLOCK_N), DTYPE)
     db = tl.zeros((BLOCK_M, BLOCK_N), DTYPE)
     if HOLD:
-        at = tile_in_loop(0, column, SHAPE, BLOCK_M, BLOCK_N, WHOLE)
+        at = straight_tile(0, column, SHAPE, BLOCK_M, BLOCK_N, WHOLE)
         w = weight(W, OFFSET, at, SHAPE, DTYPE, BLOCK_M, BLOCK_N)
     for i in tl.range(first, row_tiles(SHAPE, BLOCK_M), step, num_stages=STAGES):
-        at = tile_in_loop(i, column, SHAPE, BLOCK_M, BLOCK_N, WHOLE)
+        at = straight_tile(i, column, SHAPE, BLOCK_M, BLOCK_N, WHOLE)
         x, xhat, rstd = recomputed(X, MEAN, RSTD, at, SHAPE, DTYPE, BLOCK_M, BLOCK_N)
         dy = load_inside(DY, at, SHAPE, DTYPE, BLOCK_M, BLOCK_N)
         if not HOLD:
@@ -144,7 +145,7 @@ def norm_bwd_kernel(
             dx += load(DS, at, SHAPE, DTYPE, BLOCK_M, BLOCK_N)
         store_grad(DX, dx, at, SHAPE, BLOCK_M, BLOCK_N)
         retain(DSUMMED, dx, x, at, SHAPE, BLOCK_M, BLOCK_N)
-    at = tile_in_loop(0, column, SHAPE, BLOCK_M, BLOCK_N, WHOLE)
+    at = straight_tile(0, column, SHAPE, BLOCK_M, BLOCK_N, WHOLE)
     store_share_of_rows(DW, dw, first, at, SHAPE, BLOCK_N)
     store_share_of_rows(DB, db, first, at, SHAPE, BLOCK_N)
 
@@ -171,13 +172,13 @@ def norm_project_kernel(
     along = tl.zeros((BLOCK_M, BLOCK_N), DTYPE)
     level = tl.zeros((BLOCK_M, BLOCK_N), DTYPE)
     for n in tl.range(0, SHAPE[-1], BLOCK_N, num_stages=STAGES):
-        at = tile_in_loop(i, n, SHAPE, BLOCK_M, BLOCK_N, WHOLE)
+        at = straight_tile(i, n, SHAPE, BLOCK_M, BLOCK_N, WHOLE)
         _x, xhat, _rstd = recomputed(X, MEAN, RSTD, at, SHAPE, DTYPE, BLOCK_M, BLOCK_N)
         w = weight(W, OFFSET, row_tile(i, n, SHAPE, BLOCK_M, BLOCK_N), SHAPE, DTYPE, BLOCK_M, BLOCK_N)
         g = load_inside(DY, at, SHAPE, DTYPE, BLOCK_M, BLOCK_N) * w
         along += g * xhat
         level += g
-    at = tile_in_loop(i, 0, SHAPE, BLOCK_M, BLOCK_N, WHOLE)
+    at = straight_tile(i, 0, SHAPE, BLOCK_M, BLOCK_N, WHOLE)
     store(ALONG, tl.sum(along, axis=1, keep_dims=True), at, SHAPE, BLOCK_M, 1)
     if MEAN.ptr is not None:
         store(LEVEL, tl.sum(level, axis=1, keep_dims=True), at, SHAPE, BLOCK_M, 1)
@@ -199,11 +200,13 @@ def projections(ALONG, LEVEL, MEAN, g, xhat, at, SHAPE, DTYPE: tl.constexpr, BLO
 
 
 @triton.jit
-def summed(X, R, S, at, SHAPE, DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def summed(
+    X, R, S, at, SHAPE, DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EVICTION: tl.constexpr = None
+):
     """A tile of x; with a residual, of x + r as it will be rounded and stored."""
-    x = load_inside(X, at, SHAPE, DTYPE, BLOCK_M, BLOCK_N)
+    x = load_inside(X, at, SHAPE, DTYPE, BLOCK_M, BLOCK_N, EVICTION)
     if S.ptr is not None:
-        x = (x + load_inside(R, at, SHAPE, DTYPE, BLOCK_M, BLOCK_N)).to(S.ptr.dtype.element_ty).to(DTYPE)
+        x = (x + load_inside(R, at, SHAPE, DTYPE, BLOCK_M, BLOCK_N, EVICTION)).to(S.ptr.dtype.element_ty).to(DTYPE)
     return x
 
 
@@ -237,15 +240,17 @@ def rounded(xhat, ROUND: tl.constexpr):
 
 
 @triton.jit
-def store_normed(S, Y, W, B, x, xhat, w, b, at, SHAPE, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def store_normed(
+    S, Y, W, B, x, xhat, w, b, at, SHAPE, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EVICTION: tl.constexpr = None
+):
     """y and, of a sum, x."""
     if S.ptr is not None:
-        store(S, x, at, SHAPE, BLOCK_M, BLOCK_N)
+        store(S, x, at, SHAPE, BLOCK_M, BLOCK_N, EVICTION)
     if W.ptr is not None:
         xhat *= w
     if B.ptr is not None:
         xhat += b
-    store(Y, xhat, at, SHAPE, BLOCK_M, BLOCK_N)
+    store(Y, xhat, at, SHAPE, BLOCK_M, BLOCK_N, EVICTION)
 
 
 @triton.jit

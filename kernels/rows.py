@@ -10,6 +10,11 @@ import triton.language as tl
 from retainops.kernels.tiles import lanes_inside, load, offsets
 from retainops.kernels.unary import divide
 
+AGAIN: tl.constexpr = tl.constexpr("evict_last")
+"""What is read of a row that is read twice stays in the cache, ..."""
+ONCE: tl.constexpr = tl.constexpr("evict_first")
+"""... and what is not touched again makes room for it."""
+
 
 @triton.jit
 def row_tile(i, column, SHAPE, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
@@ -22,23 +27,27 @@ def row_tile(i, column, SHAPE, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def tile_in_loop(i, column, SHAPE, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WHOLE: tl.constexpr):
-    """As `row_tile`, for a loop of `num_stages`, where Triton starts loads ahead of their turn, but not in a branch.
+def straight_tile(i, column, SHAPE, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WHOLE: tl.constexpr):
+    """As `row_tile`, for code without branches: either no access has a mask or all have.
 
-    So either no access has a mask (WHOLE: BLOCK_N divides the row's length, and a tile is one row) or all have. A row
-    is aligned for 128-bit accesses only where its length divides by 16, and there a mask does not split them.
+    No access has one where all tiles lie inside SHAPE (WHOLE). A row is aligned for 128-bit accesses only where its
+    length divides by 16, and there a mask does not split them. Two copies of the code, one with masks, would take more
+    registers, twice as many in layer norm; and in a loop of `num_stages` Triton does not start loads ahead of their
+    turn from within a branch.
     """
     z, m, n, _whole = row_tile(i, column, SHAPE, BLOCK_M, BLOCK_N)
-    if WHOLE and BLOCK_M == 1:
+    if WHOLE:
         return z, m, n, True
     else:
         return z, m, n, False
 
 
 @triton.jit
-def load_inside(X, at, SHAPE, DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def load_inside(
+    X, at, SHAPE, DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EVICTION: tl.constexpr = None
+):
     """As `load`, for what is summed: a whole tile, 0 outside SHAPE, also of a tensor that does not move in it."""
-    x = load(X, at, SHAPE, DTYPE, BLOCK_M, BLOCK_N)
+    x = load(X, at, SHAPE, DTYPE, BLOCK_M, BLOCK_N, EVICTION)
     if X.strides[-2] is None or X.strides[-1] is None:
         x = tl.where(lanes_inside(at, SHAPE, BLOCK_M, BLOCK_N), x, 0.0)
     return x
@@ -76,17 +85,28 @@ def row_tiles(SHAPE, BLOCK_M: tl.constexpr):
 @triton.jit
 def columns_inside(at, SHAPE, BLOCK_N: tl.constexpr):
     """Which columns of a tile lie inside SHAPE, of shape (1, BLOCK_N)."""
-    return (at[2] + tl.arange(0, BLOCK_N) < SHAPE[-1])[None, :]
+    return leading(SHAPE[-1] - at[2], BLOCK_N)
 
 
 @triton.jit
-def moments(x, at, SHAPE, CENTRED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The mean of each row of a tile (0 if not CENTRED), and the sum of squares around it. x is 0 outside SHAPE."""
+def leading(count, BLOCK_N: tl.constexpr):
+    """Which columns of a tile are among the first `count`; numbered in int32, since int64 takes two registers each."""
+    return tl.arange(0, BLOCK_N)[None, :] < tl.minimum(count, BLOCK_N).to(tl.int32)
+
+
+@triton.jit
+def moments(x, at, SHAPE, CENTRED: tl.constexpr, WHOLE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The mean of each row of a tile (0 if not CENTRED), and the sum of squares around it. x is 0 outside SHAPE.
+
+    WHOLE: nothing is outside.
+    """
     mean = tl.zeros((BLOCK_M, 1), x.dtype)
     if CENTRED:
         count = tl.minimum(SHAPE[-1] - at[2], BLOCK_N).to(x.dtype)
         mean = divide(tl.sum(x, axis=1, keep_dims=True), count + mean)
-        x = tl.where(columns_inside(at, SHAPE, BLOCK_N), x - mean, 0.0)
+        x = x - mean
+        if not WHOLE:
+            x = tl.where(columns_inside(at, SHAPE, BLOCK_N), x, 0.0)
     return mean, tl.sum(x * x, axis=1, keep_dims=True)
 
 
@@ -105,3 +125,29 @@ def store_share_of_rows(DW, dw, program, at, SHAPE, BLOCK_N: tl.constexpr):
         columns = at[2] + tl.arange(0, BLOCK_N)[None, :]
         p = DW.ptr + program.to(tl.int64) * SHAPE[-1] + columns
         tl.store(p, tl.sum(dw, axis=0, keep_dims=True), mask=columns < SHAPE[-1])
+
+
+@triton.jit
+def sum_shares_kernel(A, B, SUM_A, SUM_B, SHAPE, DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Add up the shares of BLOCK_N columns of A, or of B if there is one: the first programs A's, the others B's.
+
+    Shares lie in rows of SHAPE[-1], and there are SHAPE[-2] of them.
+    """
+    blocks = (SHAPE[-1] - 1) // BLOCK_N + 1
+    i = tl.program_id(0)
+    if B.ptr is None or i < blocks:
+        sum_columns(A, SUM_A, i * BLOCK_N, SHAPE, DTYPE, BLOCK_M, BLOCK_N)
+    else:
+        sum_columns(B, SUM_B, (i - blocks) * BLOCK_N, SHAPE, DTYPE, BLOCK_M, BLOCK_N)
+
+
+@triton.jit
+def sum_columns(A, SUM, column, SHAPE, DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Store the sums of the columns of A from `column` on."""
+    rows, columns = tl.arange(0, BLOCK_M)[:, None], column + tl.arange(0, BLOCK_N)[None, :]
+    total = tl.zeros((BLOCK_M, BLOCK_N), DTYPE)
+    for m in range(0, SHAPE[-2], BLOCK_M):
+        ok = (m + rows < SHAPE[-2]) & (columns < SHAPE[-1])
+        total += tl.load(A.ptr + (m + rows).to(tl.int64) * SHAPE[-1] + columns, mask=ok, other=0.0)
+    total = tl.sum(total, axis=0, keep_dims=True)
+    tl.store(SUM.ptr + columns, total.to(SUM.ptr.dtype.element_ty), mask=columns < SHAPE[-1])

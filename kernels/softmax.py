@@ -9,7 +9,7 @@ import triton.language as tl
 
 from retainops.kernels.elementary import log
 from retainops.kernels.points import retain
-from retainops.kernels.rows import row_tile
+from retainops.kernels.rows import AGAIN, ONCE, leading, straight_tile
 from retainops.kernels.tiles import load, offsets, store, store_grad
 from retainops.kernels.unary import exp, reciprocal
 
@@ -29,11 +29,12 @@ def softmax_fwd_kernel(
     CAUSAL: tl.constexpr,
     LOG: tl.constexpr,
     CHUNKED: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
     """BLOCK_M rows of y."""
     i = tl.program_id(0)
     if not CHUNKED:
-        at = row_tile(i, 0, SHAPE, BLOCK_M, BLOCK_N)
+        at = straight_tile(i, 0, SHAPE, BLOCK_M, BLOCK_N, WHOLE)
         s = scaled(X, MASK, QUERY, SCALE, at, SHAPE, DTYPE, BLOCK_M, BLOCK_N, BOOLEAN, CAUSAL)
         top = tl.max(s, axis=1, keep_dims=True)
         total = tl.sum(exp(s - top), axis=1, keep_dims=True)
@@ -42,16 +43,16 @@ def softmax_fwd_kernel(
         top = tl.full((BLOCK_M, 1), float("-inf"), DTYPE)
         total = tl.zeros((BLOCK_M, 1), DTYPE)
         for n in range(0, SHAPE[-1], BLOCK_N):
-            at = row_tile(i, n, SHAPE, BLOCK_M, BLOCK_N)
-            s = scaled(X, MASK, QUERY, SCALE, at, SHAPE, DTYPE, BLOCK_M, BLOCK_N, BOOLEAN, CAUSAL)
+            at = straight_tile(i, n, SHAPE, BLOCK_M, BLOCK_N, WHOLE)
+            s = scaled(X, MASK, QUERY, SCALE, at, SHAPE, DTYPE, BLOCK_M, BLOCK_N, BOOLEAN, CAUSAL, AGAIN)
             higher = tl.maximum(top, tl.max(s, axis=1, keep_dims=True))
             base = finite_or_0(higher)
             total = total * exp(top - base) + tl.sum(exp(s - base), axis=1, keep_dims=True)
             top = higher
         for n in range(0, SHAPE[-1], BLOCK_N):
-            at = row_tile(i, n, SHAPE, BLOCK_M, BLOCK_N)
-            s = scaled(X, MASK, QUERY, SCALE, at, SHAPE, DTYPE, BLOCK_M, BLOCK_N, BOOLEAN, CAUSAL)
-            store(Y, normalised(s, top, total, LOG), at, SHAPE, BLOCK_M, BLOCK_N)
+            at = straight_tile(i, n, SHAPE, BLOCK_M, BLOCK_N, WHOLE)
+            s = scaled(X, MASK, QUERY, SCALE, at, SHAPE, DTYPE, BLOCK_M, BLOCK_N, BOOLEAN, CAUSAL, ONCE)
+            store(Y, normalised(s, top, total, LOG), at, SHAPE, BLOCK_M, BLOCK_N, ONCE)
 
 
 @triton.jit
@@ -74,11 +75,12 @@ def softmax_bwd_kernel(
     CAUSAL: tl.constexpr,
     LOG: tl.constexpr,
     CHUNKED: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
     """dscaled = p * (dy - sum(dy * p)), or dy - p * sum(dy) if LOG. X is there only if its values are asked for."""
     i = tl.program_id(0)
     if not CHUNKED:
-        at = row_tile(i, 0, SHAPE, BLOCK_M, BLOCK_N)
+        at = straight_tile(i, 0, SHAPE, BLOCK_M, BLOCK_N, WHOLE)
         y, dy = of_outputs(Y, DY, at, SHAPE, DTYPE, BLOCK_M, BLOCK_N)
         ds = gradient(y, dy, level(y, dy, LOG), LOG)
         s = ds
@@ -90,19 +92,19 @@ def softmax_bwd_kernel(
     else:
         removed = tl.zeros((BLOCK_M, 1), DTYPE)
         for n in range(0, SHAPE[-1], BLOCK_N):
-            at = row_tile(i, n, SHAPE, BLOCK_M, BLOCK_N)
-            y, dy = of_outputs(Y, DY, at, SHAPE, DTYPE, BLOCK_M, BLOCK_N)
+            at = straight_tile(i, n, SHAPE, BLOCK_M, BLOCK_N, WHOLE)
+            y, dy = of_outputs(Y, DY, at, SHAPE, DTYPE, BLOCK_M, BLOCK_N, AGAIN)
             removed += level(y, dy, LOG)
         for n in range(0, SHAPE[-1], BLOCK_N):
-            at = row_tile(i, n, SHAPE, BLOCK_M, BLOCK_N)
-            y, dy = of_outputs(Y, DY, at, SHAPE, DTYPE, BLOCK_M, BLOCK_N)
+            at = straight_tile(i, n, SHAPE, BLOCK_M, BLOCK_N, WHOLE)
+            y, dy = of_outputs(Y, DY, at, SHAPE, DTYPE, BLOCK_M, BLOCK_N, ONCE)
             ds = gradient(y, dy, removed, LOG)
             s = ds
             if X.ptr is not None:
                 s = scaled(X, MASK, QUERY, SCALE, at, SHAPE, DTYPE, BLOCK_M, BLOCK_N, BOOLEAN, CAUSAL)
             retain(DP, dy, y, at, SHAPE, BLOCK_M, BLOCK_N)
             retain(DSCALED, ds, s, at, SHAPE, BLOCK_M, BLOCK_N)
-            store_dx(DX, DMASK, MASK, QUERY, SCALE, ds, at, SHAPE, BLOCK_M, BLOCK_N, BOOLEAN, CAUSAL)
+            store_dx(DX, DMASK, MASK, QUERY, SCALE, ds, at, SHAPE, BLOCK_M, BLOCK_N, BOOLEAN, CAUSAL, ONCE)
 
 
 @triton.jit
@@ -118,9 +120,10 @@ def scaled(
     BLOCK_N: tl.constexpr,
     BOOLEAN: tl.constexpr,
     CAUSAL: tl.constexpr,
+    EVICTION: tl.constexpr = None,
 ):
     """A tile of s; -inf outside SHAPE."""
-    s = load(X, at, SHAPE, DTYPE, BLOCK_M, BLOCK_N) * load(SCALE, at, SHAPE, DTYPE, BLOCK_M, BLOCK_N)
+    s = load(X, at, SHAPE, DTYPE, BLOCK_M, BLOCK_N, EVICTION) * load(SCALE, at, SHAPE, DTYPE, BLOCK_M, BLOCK_N)
     if MASK.ptr is not None and not BOOLEAN:
         s += load(MASK, at, SHAPE, DTYPE, BLOCK_M, BLOCK_N)
     return tl.where(open_to(MASK, QUERY, at, SHAPE, BLOCK_M, BLOCK_N, BOOLEAN, CAUSAL), s, float("-inf"))
@@ -147,12 +150,6 @@ def open_to(
 
 
 @triton.jit
-def leading(count, BLOCK_N: tl.constexpr):
-    """Which columns of a tile are among the first `count`; numbered in int32, since int64 takes two registers each."""
-    return tl.arange(0, BLOCK_N)[None, :] < tl.minimum(count, BLOCK_N).to(tl.int32)
-
-
-@triton.jit
 def finite_or_0(top):
     """So that a chunk of which nothing is seen adds exp(-inf - 0) = 0 to a sum, and not exp(-inf + inf) = nan."""
     return tl.where(top == float("-inf"), 0.0, top)
@@ -167,12 +164,14 @@ def normalised(s, top, total, LOG: tl.constexpr):
 
 
 @triton.jit
-def of_outputs(Y, DY, at, SHAPE, DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def of_outputs(
+    Y, DY, at, SHAPE, DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EVICTION: tl.constexpr = None
+):
     """y and its gradient, 0 in columns outside SHAPE, also of a gradient that is one number a row."""
-    dy = load(DY, at, SHAPE, DTYPE, BLOCK_M, BLOCK_N)
+    dy = load(DY, at, SHAPE, DTYPE, BLOCK_M, BLOCK_N, EVICTION)
     if DY.strides[-1] is None:
         dy = tl.where(leading(SHAPE[-1] - at[2], BLOCK_N), dy, 0.0)
-    return load(Y, at, SHAPE, DTYPE, BLOCK_M, BLOCK_N), dy
+    return load(Y, at, SHAPE, DTYPE, BLOCK_M, BLOCK_N, EVICTION), dy
 
 
 @triton.jit
@@ -207,9 +206,11 @@ def store_dx(
     BLOCK_N: tl.constexpr,
     BOOLEAN: tl.constexpr,
     CAUSAL: tl.constexpr,
+    EVICTION: tl.constexpr = None,
 ):
     """A masked element has the gradient 0, also in a row of which nothing is seen, where ds is nan."""
     if BOOLEAN or CAUSAL:
         ds = tl.where(open_to(MASK, QUERY, at, SHAPE, BLOCK_M, BLOCK_N, BOOLEAN, CAUSAL), ds, 0.0)
     store_grad(DMASK, ds, at, SHAPE, BLOCK_M, BLOCK_N)
-    store_grad(DX, ds * load(SCALE, at, SHAPE, ds.dtype, BLOCK_M, BLOCK_N), at, SHAPE, BLOCK_M, BLOCK_N)
+    dx = ds * load(SCALE, at, SHAPE, ds.dtype, BLOCK_M, BLOCK_N)
+    store_grad(DX, dx, at, SHAPE, BLOCK_M, BLOCK_N, EVICTION)

@@ -94,8 +94,10 @@ def lanes_inside(at, SHAPE, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def load(X, at, SHAPE, DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """X's part of the tile as DTYPE; zero outside SHAPE.
+def load(
+    X, at, SHAPE, DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EVICTION: tl.constexpr = None
+):
+    """X's part of the tile as DTYPE; zero outside SHAPE. EVICTION: of what is read, from the cache.
 
     A mask makes Triton split a 128-bit access unless the length divides by 16, so only ragged tiles have one.
     """
@@ -106,9 +108,10 @@ def load(X, at, SHAPE, DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.c
     else:
         p = X.ptr + offsets(X, at, SHAPE, BLOCK_M, BLOCK_N)
         if at[3]:
-            x = tl.load(p)
+            x = tl.load(p, eviction_policy=EVICTION)
         else:
-            x = tl.load(p, mask=inside(X, at, SHAPE, BLOCK_M, BLOCK_N), other=0.0)
+            ok = inside(X, at, SHAPE, BLOCK_M, BLOCK_N)
+            x = tl.load(p, mask=ok, other=0.0, eviction_policy=EVICTION)
         return x.to(DTYPE)
 
 
@@ -148,22 +151,22 @@ def philox(X, counter):
 
 
 @triton.jit
-def store(X, x, at, SHAPE, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def store(X, x, at, SHAPE, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EVICTION: tl.constexpr = None):
     """Round the tile `x` to X's dtype and store it."""
     p = X.ptr + offsets(X, at, SHAPE, BLOCK_M, BLOCK_N)
     x = tl.broadcast_to(x, (BLOCK_M, BLOCK_N)).to(X.ptr.dtype.element_ty)
     if at[3]:
-        tl.store(p, x)
+        tl.store(p, x, eviction_policy=EVICTION)
     else:
-        tl.store(p, x, mask=inside(X, at, SHAPE, BLOCK_M, BLOCK_N))
+        tl.store(p, x, mask=inside(X, at, SHAPE, BLOCK_M, BLOCK_N), eviction_policy=EVICTION)
 
 
 @triton.jit
-def store_grad(DX, dx, at, SHAPE, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def store_grad(DX, dx, at, SHAPE, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EVICTION: tl.constexpr = None):
     """Store an input's gradient, if it is needed: as it is, or summed over the tile where the input was broadcast."""
     if DX.ptr is not None:
         if DX.tiles[-2] is None and DX.tiles[-1] is None:
-            store(DX, dx, at, SHAPE, BLOCK_M, BLOCK_N)
+            store(DX, dx, at, SHAPE, BLOCK_M, BLOCK_N, EVICTION)
         else:
             # Outside SHAPE dx need not be 0: an operand that is broadcast is not masked, and 0 * inf is nan.
             dx = tl.broadcast_to(dx, (BLOCK_M, BLOCK_N))

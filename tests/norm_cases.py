@@ -40,8 +40,8 @@ def with_eps(op: Op, inputs: Sequence[Any], eps: float) -> list[Any]:
 def cut_rows(cut: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of a few dozen columns as one tile, or in chunks of 32, as rows are that are wider than registers."""
     if cut == "chunks":
-        forward, backward = ("FORWARD", "FORWARD_OF_SUM", "FORWARD_UNALIGNED"), ("BACKWARD", "BACKWARD_OF_WIDE")
-        for name in (*forward, *backward, "PROJECTIONS"):
+        tilings = [name for name in vars(_norm) if name.startswith(("FORWARD", "BACKWARD"))]
+        for name in (*tilings, "PROJECTIONS"):
             monkeypatch.setattr(_norm, name, getattr(_norm, name)._replace(widest=16, elements=512, chunk=32))
 
 

@@ -33,7 +33,8 @@ def boolean(*shape: int, device: str = "cpu", seed: int = 5) -> torch.Tensor:
 def cut_rows(cut: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of up to a few dozen columns as one tile, or in chunks of 16, as rows are that are wider than registers."""
     if cut == "chunks":
-        monkeypatch.setattr(_softmax, "ROWS", _softmax.ROWS._replace(widest=16, chunk=16))
+        for name in ("ROWS", "FORWARD_OF_WIDE", "WIDE", "WIDEST"):
+            monkeypatch.setattr(_softmax, name, _softmax.ROWS._replace(widest=16, chunk=16))
 
 
 def compare(op: Op, *ours: Any, scale: float = 1.0, dy: torch.Tensor | None = None) -> None:

@@ -110,9 +110,11 @@ def test_gradients_that_nobody_needs(op: Op, kernels: Path) -> None:
 def test_many_rows_are_shared_by_few_programs() -> None:
     """Each leaves one share of the weights' gradients, however many rows there are."""
     x, w, b = (torch.empty(*size, requires_grad=True) for size in ((40_000, 64), (64,), (64,)))
-    _, (_, programs, given) = launched(lambda: layer_norm(x, w, b).backward(torch.empty_like(x)))
+    _, (_, programs, given), (_, _, of_shares) = launched(lambda: layer_norm(x, w, b).backward(torch.empty_like(x)))
     assert programs == 2 * 132
     assert given["DW"].ptr.shape == given["DB"].ptr.shape == (programs, 64)
+    assert of_shares["A"].ptr is given["DW"].ptr
+    assert of_shares["B"].ptr is given["DB"].ptr
 
 
 # Derivatives of derivatives, and functions of functions.

@@ -305,3 +305,21 @@ def test_compiled_with_retention(op: Op, compiler: None) -> None:
     assert_near(ours.grad, theirs.grad, 4)
     for name in kept:
         assert_near(kept[name].grad, want[name].grad, 4)
+
+
+@pytest.mark.parametrize("n", [16400, 32784])
+def test_no_bit_depends_on_what_is_asked_for_in_wide_rows_with_an_added_mask(n: int) -> None:
+    """Only values of s take the mask in backward: it must not cut the rows otherwise."""
+    pytest.importorskip("triton")
+    from retainops.testing import simulated_gpu
+
+    torch.manual_seed(0)
+    x, mask, dy = (torch.randn(2, n) for _ in "xmd")
+    found = []
+    with simulated_gpu(compiles=False), ro.backend("triton"):
+        for kept in (None, ro.Retained("scaled"), ro.Retained(scaled=ro.Stats("act_grad"))):
+            leaf = x.clone().requires_grad_()
+            ro.softmax(leaf, mask=mask, retain=kept).backward(dy)
+            found.append(leaf.grad)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,17 +16,18 @@ if HAS_TRITON:
     from retainops.kernels import cross_entropy as kernels
     from retainops.ops._launch import launch
     from retainops.ops._operands import Grad, Kept
-    from retainops.ops._rows import row_tiles, row_walk
+    from retainops.ops._rows import Tiling, covers, row_tiles
+    from retainops.ops._walk import Walk, power_of_2
+
+    # Each row's own numbers take registers and instructions of every thread, so a thread has many elements.
+    NARROW = Tiling(widest=512, elements=1024, chunk=512)
+    MIDDLE = Tiling(widest=1024, elements=1024, chunk=1024, a_thread=32)  # a warp a row: no barriers
+    WIDE = Tiling(widest=8192, elements=1024, chunk=8192, a_thread=32)
+    BACKWARD = Tiling(widest=1024, elements=1024, chunk=1024)  # elementwise
 
 Tensor = torch.Tensor
-ELEMENTS, A_THREAD = 1024, 8
-"""Of a tile of several rows, and for each thread of it: each row's own numbers take registers too."""
-NARROW = 2048
-"""Forward's widest row that is a tile as a whole."""
-WIDE, A_THREAD_OF_WIDE = 4096, 16
-"""Of forward's tile of a row wider than that, of which a program goes over all. In float64 all of these are halves."""
-CHUNK = 1024
-"""Columns of backward's tile, which is elementwise."""
+MOST_ROWS = 1 << 16
+"""Whose losses one program adds up: two small kernels of PyTorch take longer."""
 
 
 class Options(NamedTuple):
@@ -114,47 +114,65 @@ class Loss(NamedTuple):
 
 def rows_forward(logits: Tensor, loss: Loss, whole: bool = True) -> None:
     """Write the loss's rows; or, where the logits are not the whole rows, bring them up to date."""
-    held = loss.rows.max.dtype
-    narrow = logits.shape[-1] * held.itemsize <= NARROW * 4
+    held, n = loss.rows.max.dtype, logits.shape[-1]
+    tiling = next((t for t, widest in ((NARROW, 512), (MIDDLE, 8192)) if n <= widest), WIDE).held_in(held)
     launch(
         kernels.cross_entropy_fwd_kernel,
         logits.shape,
         held,
         *(logits, *loss.operands(), *loss.rows),
-        walked=_walk(held, *((NARROW, A_THREAD) if narrow else (WIDE, A_THREAD_OF_WIDE))),
+        walked=tiling.walk,
         programs=row_tiles,
+        DIVIDES=covers,
         WHOLE=whole,
         **loss.constants(),
     )
 
 
-def rows_backward(logits: Tensor, loss: Loss, dloss: Tensor, dx: Grad, kept: Sequence[Kept | None]) -> None:
+def rows_backward(
+    logits: Tensor, loss: Loss, dloss: Tensor, dx: Grad, kept: Sequence[Kept | None], divisor: Tensor | None = None
+) -> None:
     """Write the gradient of the logits.
 
     Args:
         logits: some columns of the rows, or all.
         loss: as forward has left it.
-        dloss: the gradient of each row's loss, which broadcasts with (..., 1).
+        dloss: the gradient of each row's loss, which broadcasts with (..., 1); times the divisor, if there is one.
         dx: where the gradient goes.
         kept: the same for the points, logits and p.
     """
     held = loss.rows.max.dtype
+    tiling = BACKWARD.held_in(held)
     launch(
         kernels.cross_entropy_bwd_kernel,
         logits.shape,
         held,
-        *(logits, *loss.operands(), *loss.rows[1:], dloss, dx, *kept),
-        walked=_walk(held, CHUNK, A_THREAD),
+        *(logits, *loss.operands(), *loss.rows[1:], dloss, divisor, dx, *kept),
+        walked=tiling.walk,
+        DIVIDES=covers,
         CLASSES=loss.classes,
         **loss.constants(),
     )
 
 
-def _walk(held: torch.dtype, columns: int, a_thread: int) -> Any:
-    """Tiles of up to so many columns."""
-    sizes = {"widest": columns, "chunk": columns, "elements": ELEMENTS, "a_thread": a_thread}
-    narrower: dict[str, Any] = {name: size * 4 // held.itemsize for name, size in sizes.items()}
-    return functools.partial(row_walk, **narrower)
+def reduce(rows: Rows, y: Tensor, mean: bool) -> Tensor | None:
+    """Write the sum of the rows' losses, or their mean; what that is divided by."""
+    count = rows.loss.numel()
+    if not 0 < count <= MOST_ROWS:
+        divisor = rows.share.sum() if mean else None
+        y.copy_(reduced(rows.loss, divisor))
+        return divisor
+    divisor = rows.share.new_empty(()) if mean else None
+    given = rows.loss.view(-1), rows.share.view(-1) if mean else None
+    kernel = kernels.cross_entropy_mean_kernel
+    launch(kernel, given[0].shape, rows.loss.dtype, *given, y, divisor, walked=_in_one, programs=lambda _: 1)
+    return divisor
+
+
+def _in_one(shape: torch.Size, tensors: Sequence[Tensor], *_: Sequence[torch.Size]) -> Walk:
+    """Large tiles: a program that goes over all of them waits for memory once for each."""
+    n = shape[0]
+    return Walk((1, n), ((), (0,)), (1, min(power_of_2(n), 1 << 13)), 16, (1,))
 
 
 def reduced(loss: Tensor, divisor: Tensor | None) -> Tensor:
@@ -184,8 +202,8 @@ class CrossEntropy:
             rows_forward(logits, loss._replace(rows=rows._replace(loss=y.unsqueeze(-1))))
             return y, *rows[1:], None
         rows_forward(logits, loss)
-        divisor = rows.share.sum() if loss.options.reduction == "mean" else None
-        return reduced(rows.loss, divisor).to(layout.outputs[0].dtype), *rows[1:], divisor
+        y = layout.empty()
+        return y, *rows[1:], reduce(rows, y, loss.options.reduction == "mean")
 
     def backward(
         self,
@@ -202,5 +220,6 @@ class CrossEntropy:
         loss = Loss.of(target, weight, Options(*options), logits.shape[-1], Rows(share, m, logsum, share))
         dx = Grad(logits, logits.shape, needed[0])
         kept = [Kept(op.name, slots[p.name], leaves[p.name]) if p.name in leaves else None for p in op.points]
-        rows_backward(logits, loss, row_gradient(dy, loss.options, divisor, share), dx, kept)
+        dloss = dy.unsqueeze(-1) if loss.options.reduction == "none" else dy
+        rows_backward(logits, loss, dloss, dx, kept, divisor)
         return [dx.finish(), None, None, *([None] * len(options)), *(c.finish() if c else None for c in kept)]

@@ -19,14 +19,18 @@ if HAS_TRITON:
     from retainops.kernels import norm as kernels
     from retainops.ops._launch import launch, triton_dtype
     from retainops.ops._operands import Grad, Kept
-    from retainops.ops._rows import ALIGNED, Dense, Shares, Statistics, Tiling, row_chunks, row_tiles
+    from retainops.ops._rows import ALIGNED, Dense, Statistics, Tiling, covers, row_chunks, row_tiles
+    from retainops.ops._shares import Shares, sums
 
-    # What fits into registers: in forward x (of a sum also r) and the weights, in backward also dy and the weights'
-    # gradients. In rows whose accesses are not wide each element has an address and a mask of its own, too.
-    FORWARD = Tiling(widest=16384, elements=2048, chunk=8192, a_thread=32)
-    FORWARD_OF_SUM = FORWARD._replace(widest=8192)
+    # What fits into registers: in forward x (of a sum also r), in backward also dy, the weights and their gradients.
+    FORWARD = Tiling(widest=8192, elements=2048, chunk=16384, a_thread=32)
+    FORWARD_OF_WIDE = Tiling(widest=16384, elements=16384, chunk=16384, a_thread=64)
+    FORWARD_OF_WIDER = Tiling(widest=32768, elements=32768, chunk=16384, a_thread=32)  # in 32 warps, of 64 registers
+    FORWARD_IN_CHUNKS = Tiling(widest=0, elements=16384, chunk=16384, a_thread=32)
+    FORWARD_OF_SUM_IN_CHUNKS = Tiling(widest=0, elements=8192, chunk=8192, a_thread=16)
     FORWARD_UNALIGNED = Tiling(widest=8192, elements=2048, chunk=4096, a_thread=32)
     BACKWARD = Tiling(widest=4096, elements=4096, chunk=2048)
+    BACKWARD_IN_4_WARPS = BACKWARD._replace(a_thread=32)
     BACKWARD_OF_WIDE = Tiling(widest=8192, elements=8192, chunk=2048, a_thread=32)
     TALL = Tiling(widest=64, elements=4096, chunk=64)
     PROJECTIONS = Tiling(widest=0, elements=4096, chunk=4096)
@@ -34,10 +38,28 @@ if HAS_TRITON:
 Tensor = torch.Tensor
 
 
-def backward_tiling(n: int, dtype: torch.dtype) -> Tiling:
-    """How backward cuts rows of n. It depends on nothing that is asked for: another cut is another order of sums."""
-    narrow, wide = BACKWARD.held_in(dtype), BACKWARD_OF_WIDE.held_in(dtype)
-    return wide if n % ALIGNED == 0 and narrow.widest < n <= wide.widest else narrow
+def forward_tiling(n: int, held: torch.dtype, centred: bool, residual: bool) -> Tiling:
+    """How forward cuts rows of n."""
+    if n % ALIGNED:
+        return FORWARD_UNALIGNED.held_in(held)
+    simple = not (centred or residual) and held == torch.float32  # x and a weight are all that it has in hand
+    whole = (FORWARD, FORWARD_OF_WIDE, *([FORWARD_OF_WIDER] if simple else []))
+    fitting = (tiling.held_in(held) for tiling in whole if n <= tiling.held_in(held).widest)
+    return next(fitting, (FORWARD_OF_SUM_IN_CHUNKS if residual else FORWARD_IN_CHUNKS).held_in(held))
+
+
+def backward_tiling(n: int, x: torch.dtype, held: torch.dtype, centred: bool) -> Tiling:
+    """How backward cuts rows of n.
+
+    It depends on nothing that is asked for: another cut is another order of sums. And on nothing that a launch is not
+    looked up by: without a gradient of the sum, that of a norm and of a norm of a sum are one.
+    """
+    narrow, wide = BACKWARD.held_in(held), BACKWARD_OF_WIDE.held_in(held)
+    if n % ALIGNED:
+        return narrow
+    if 512 < n <= 1024 and held == torch.float32 and (centred or x.itemsize == 2):
+        return BACKWARD_IN_4_WARPS
+    return wide if narrow.widest < n <= wide.widest else narrow
 
 
 class Norm:
@@ -70,18 +92,17 @@ class Norm:
         summed, held, n = outputs[1] if self.residual else None, layout.points["xhat"][1], x.shape[-1]
         rstd = torch.empty((*x.shape[:-1], 1), dtype=held, device=x.device)
         mean = torch.empty_like(rstd) if self.centred else None
-        aligned = FORWARD_OF_SUM if self.residual or held == torch.float64 else FORWARD
-        tiling = (FORWARD_UNALIGNED if n % ALIGNED else aligned).held_in(held)
+        tiling = forward_tiling(n, held, self.centred, self.residual)
         launch(
             kernels.norm_fwd_kernel,
             x.shape,
             held,
             *(x, residual, weight, bias, summed, outputs[0], mean, rstd, float(eps), float(offset)),
             walked=tiling.walk,
-            programs=functools.partial(tiling.walkers, x.device) if n > tiling.widest else row_tiles,
+            programs=row_tiles,
             ROUND=triton_dtype(outputs[-1] if self.residual else x) if round_first else None,
             CHUNKED=n > tiling.widest,
-            WHOLE=tiling.divides(n),
+            WHOLE=covers,
             STAGES=tiling.stages(n, x, residual),
         )
         return *outputs, mean, rstd
@@ -101,7 +122,7 @@ class Norm:
         x, _, weight, bias, *_ = self.parts(given)
         _, _, needs_weight, needs_bias, *_ = self.parts(needed)
         kept = {p.name: Kept(op.name, slots[p.name], leaves[p.name]) for p in op.points if p.name in leaves}
-        tiling = backward_tiling(x.shape[-1], rstd.dtype)
+        tiling = backward_tiling(x.shape[-1], x.dtype, rstd.dtype, self.centred)
         needs_dx = any(needed[: 1 + self.residual])
         dx = Grad(x, x.shape, needs_dx)
         shares = functools.partial(Shares, programs=lambda way: tiling.walkers(x.device, way) // row_chunks(way))
@@ -113,7 +134,8 @@ class Norm:
             statistics = {name: Statistics(kept[name]) for name in later}
             self.launch_backward(given, mean, rstd, dys, (None, None, None), statistics, TALL.held_in(rstd.dtype))
         x_at, residual_at, weight_at, bias_at, *_ = self.parts(range(len(given)))
-        grads = {x_at: dx.finish(), weight_at: dw.finish(), bias_at: db.finish()}
+        dweight, dbias = sums(dw, db)
+        grads = {x_at: dx.finish(), weight_at: dweight, bias_at: dbias}
         grads[residual_at] = grads[x_at]
         found = (kept[p.name].finish() if p.name in kept else None for p in op.points)
         return [*(grads.get(i) for i in range(len(given))), *found]
@@ -167,7 +189,8 @@ class Norm:
         x, _, weight, _, _, offset, round_first = self.parts(given)
         n, (dy, ds) = x.shape[-1], dys if self.residual else (dys[0], None)
         # Two gradients of weights, and more: weights are read anew for each row, where registers do not hold them too.
-        crowded = self.centred and (self.residual or any(p is not None for p in points.values()))
+        wide = tiling.tile(n) > BACKWARD.held_in(rstd.dtype).elements
+        crowded = self.centred and (any(p is not None for p in points.values()) or (self.residual and wide))
         read = (x, weight, mean, rstd)
         projected = n > tiling.widest and (grads[0] is not None or "summed" in points)
         sums = self.projections(*read, dy, offset) if projected else (None, None)
@@ -179,8 +202,8 @@ class Norm:
             walked=tiling.walk,
             programs=functools.partial(tiling.walkers, x.device),
             ROUND=triton_dtype(x) if round_first else None,
-            HOLD=not (crowded and tiling.tile(n) > BACKWARD.held_in(rstd.dtype).elements),
-            WHOLE=tiling.divides(n),
+            HOLD=not crowded,
+            WHOLE=covers,
             STAGES=tiling.stages(n, x, dy, ds),
             enable_fp_fusion=False,  # which sums are fused depends on what else is asked for, and with it the last bit
         )
@@ -199,7 +222,7 @@ class Norm:
             *(x, weight, mean, rstd, dy, float(offset), along, level),
             walked=tiling.walk,
             programs=row_tiles,
-            WHOLE=tiling.divides(x.shape[-1]),
+            WHOLE=covers,
             STAGES=tiling.stages(x.shape[-1], x, dy),
         )
         return along, level

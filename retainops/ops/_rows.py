@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from retainops.kernels.points import Retained
-from retainops.kernels.tiles import Operand
 from retainops.ops._operands import NO_STATS, Kept, layout_of, strides_of
 from retainops.ops._walk import Walk, merge, power_of_2, strides_in
 
@@ -21,8 +20,9 @@ ROOM = 8192
 """Elements of tiles that a multiprocessor's registers have room for, with what is computed of each."""
 ALIGNED = 16
 """What the length of rows divides by whose accesses are 128 bits wide: Triton knows that of a number, or nothing."""
-SHARED_BYTES = 64 * 1024
-"""What a program may use of shared memory for tiles on their way: any of NVIDIA's GPUs since 2020 has 99 KiB."""
+SHARED_BYTES = 96 * 1024
+"""What programs may use of a multiprocessor's shared memory for tiles on their way: any of NVIDIA's GPUs since 2020 has
+99 KiB. Twice as much is slower on an H200."""
 
 
 def row_walk(
@@ -54,7 +54,7 @@ def row_walk(
     for _, size in merged[:-1]:
         tiles *= size
     tile = block_m * block_n
-    warps = min(max(tile // (32 * a_thread), 1), max(8, tile // 512), 16)
+    warps = min(max(tile // (32 * a_thread), 1), max(8, tile // 512), 32)
     sizes, dims = tuple(size for _, size in groups), tuple(d for d, _ in groups)
     return Walk(sizes, dims, (block_m, block_n), 1 << (warps - 1).bit_length(), (tiles * -(-n // block_n),))
 
@@ -74,6 +74,7 @@ class Tiling(NamedTuple):
     chunk: int
     a_thread: int = A_THREAD
 
+    @functools.cache  # noqa: B019  (of the few there are)
     def held_in(self, dtype: torch.dtype) -> Tiling:
         """For interiors of this dtype."""
         return Tiling(*(size * 4 // dtype.itemsize for size in self))
@@ -86,10 +87,6 @@ class Tiling(NamedTuple):
         """Elements of a tile of rows of n."""
         return max(self.elements, power_of_2(n) if n <= self.widest else 0)
 
-    def divides(self, n: int) -> bool:
-        """Whether tiles cover rows of n without going beyond."""
-        return n == power_of_2(n) if n <= self.widest else n % self.chunk == 0
-
     def walkers(self, device: torch.device, way: Walk) -> int:
         """How many programs share the tiles: as many as there is room for, a whole number for each tile of a row."""
         chunks = row_chunks(way)
@@ -101,8 +98,14 @@ class Tiling(NamedTuple):
 
         Where accesses are not wide, each element on its way would have an instruction and addresses of its own.
         """
-        size = self.tile(n) * sum(x.element_size() for x in read if x is not None)
+        tile = self.tile(n)
+        size = tile * sum(x.element_size() for x in read if x is not None) * max(1, ROOM // tile)
         return 1 if torch.version.hip or n % ALIGNED else 1 + min(2, SHARED_BYTES // size)
+
+
+def covers(way: Walk) -> bool:
+    """Whether tiles cover the rows without going beyond: then no access needs a mask."""
+    return way.shape[-1] % way.block[1] == 0 and way.shape[-2] % way.block[0] == 0
 
 
 def in_tiles(way: Walk, other: Walk) -> Walk:
@@ -131,42 +134,6 @@ def resident(tiles: int, device: torch.device, for_each: int = 2) -> int:
 @functools.cache
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
-
-
-class Shares:
-    """The gradient of what every row has in common, such as a weight: a share of the sum for each program.
-
-    The shares are added by one `torch.sum`: no atomics, the same bits at every run.
-    """
-
-    tensor = None
-    summed: tuple[torch.Size, ...] = ()
-
-    def __init__(self, x: torch.Tensor | None, needed: bool, programs: Callable[[Walk], int]) -> None:
-        self.x, self.programs = x if needed else None, programs
-        self.shares: torch.Tensor | None = None
-
-    def key(self) -> Hashable:
-        """All that its place depends on."""
-        return self.x is not None
-
-    def place(self, way: Walk, shape: torch.Size) -> tuple[int, int]:
-        """How many shares, of how many columns."""
-        return self.programs(way), way.shape[-1]
-
-    def operand(self, place: tuple[int, int], held: torch.dtype) -> Operand:
-        """What the kernel writes to: one row a program."""
-        if self.x is not None:
-            self.shares = torch.empty(place, dtype=held, device=self.x.device)
-        return Operand(self.shares, ())
-
-    def finish(self) -> torch.Tensor | None:
-        """The gradient, in the input's shape and dtype."""
-        if self.x is None:
-            return None
-        if self.shares is None:  # nothing was launched: a sum of no rows
-            return torch.zeros_like(self.x)
-        return self.shares.sum(0).view(self.x.shape).to(self.x.dtype)
 
 
 class Dense:

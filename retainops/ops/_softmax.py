@@ -19,13 +19,27 @@ if HAS_TRITON:
     from retainops.kernels.tiles import Operand
     from retainops.ops._launch import launch
     from retainops.ops._operands import Grad, Kept
-    from retainops.ops._rows import Tiling, in_tiles, row_tiles
+    from retainops.ops._rows import ALIGNED, Tiling, covers, in_tiles, row_tiles
     from retainops.ops._saved import Unread
     from retainops.ops._walk import Walk, merged_strides, strides_in
 
     ROWS = Tiling(widest=16384, elements=2048, chunk=4096, a_thread=32)
+    # Wider rows are read twice, the second time from the cache if they all fit: few programs, each of many warps.
+    FORWARD_OF_WIDE = Tiling(widest=32768, elements=2048, chunk=16384, a_thread=32)
+    WIDE = ROWS._replace(chunk=16384)
+    WIDEST = ROWS._replace(chunk=32768)
 
 Tensor = torch.Tensor
+
+
+def tiling_of(n: int, dtype: torch.dtype, forward: bool, masked: bool) -> Tiling:
+    """How rows of n are cut. It depends on nothing that is asked for: another cut is another order of sums."""
+    held = torch.promote_types(dtype, torch.float32)
+    if masked or n % ALIGNED or held == torch.float64:
+        return ROWS.held_in(held)
+    if n <= FORWARD_OF_WIDE.widest:
+        return FORWARD_OF_WIDE if forward else WIDE
+    return WIDEST if forward == (dtype.itemsize == 4) else WIDE
 
 
 class Softmax:
@@ -83,7 +97,10 @@ class Softmax:
     ) -> None:
         """Launch a kernel of (x, mask, queries, scale), y and others; `own` as of `_walked`."""
         x, mask, queries, _ = given
-        tiling = ROWS.held_in(torch.promote_types(y.dtype, torch.float32))
+        forward = kernel is kernels.softmax_fwd_kernel
+        # In backward a mask that is added is there only if values are asked for, and must make no difference.
+        masked = queries is not None or (mask is not None if forward else is_boolean(mask))
+        tiling = tiling_of(x.shape[-1], y.dtype, forward, masked)
         launch(
             kernel,
             x.shape,
@@ -95,6 +112,7 @@ class Softmax:
             CAUSAL=queries is not None,
             LOG=self.log,
             CHUNKED=x.shape[-1] > tiling.widest,
+            WHOLE=covers,
         )
 
 
