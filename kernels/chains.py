@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from retainops.kernels.unary import divide, relu, softplus, softplus_grad, tanh, tanh_grad
+from retainops.kernels.unary import divide, exp, reciprocal, relu, softplus, tanh, tanh_grad
 
 
 @triton.jit
@@ -48,17 +48,23 @@ def squared_relu_backward(x, dy):
 
 @triton.jit
 def mish_forward(x):
-    """x * tanh(softplus(x))."""
-    return x * tanh(softplus(x))
+    """x * tanh(softplus(x)), and tanh(softplus(x)) = n / (n + 2), n = z^2 + 2z, z = exp(x): 1 above 20."""
+    z = exp(tl.minimum(x, 20.0))  # the minimum drops NaN, the product has it
+    n = z * z + 2.0 * z
+    return tl.where(x > 20.0, x, divide(x * n, n + 2.0))
 
 
 @triton.jit
 def mish_backward(x, dy):
-    s = softplus(x)
-    t = tanh(s)
-    dt = dy * x
-    ds = dt * (1.0 - t * t)
-    return (dy * t + softplus_grad(x, ds),), (s, t), (ds, dt)
+    """1 - t^2 = 4 (1 + z)^2 / (n + 2)^2, and times the slope of softplus, z / (1 + z), 4 z (1 + z) / (n + 2)^2."""
+    z = exp(tl.minimum(x, 20.0))
+    n = z * z + 2.0 * z
+    r = reciprocal(n + 2.0)
+    t, dt = n * r, dy * x
+    u = 2.0 * r + 2.0 * (z * r)
+    ds = dt * tl.where(x >= 20.0, 0.0, u * u)
+    dx = dy * t + dt * tl.where(x > 20.0, 0.0, u * (2.0 * (z * r)))
+    return (dx,), (softplus(x), t), (ds, dt)
 
 
 @triton.jit

@@ -23,13 +23,26 @@ def group_norm_moments_kernel(
     """This tile's share of each channel: how many elements, their mean, and the sum of squares around that."""
     at = tile(SHAPE, BLOCK_M, BLOCK_N)
     x = load_inside(X, at, SHAPE, DTYPE, BLOCK_M, BLOCK_N)
-    ok = lanes_inside(at, SHAPE, BLOCK_M, BLOCK_N)
-    count = share_of_sum(MEAN, ok.to(DTYPE))
+    count = terms_of_sum(MEAN, at, SHAPE, DTYPE, BLOCK_M, BLOCK_N)
     mean = divide(share_of_sum(MEAN, x), count)
-    away = tl.where(ok, x - mean, 0.0)
+    away = tl.where(lanes_inside(at, SHAPE, BLOCK_M, BLOCK_N), x - mean, 0.0)
     store_share(COUNT.ptr, MEAN, count, at, SHAPE, BLOCK_M, BLOCK_N)
     store_share(MEAN.ptr, MEAN, mean, at, SHAPE, BLOCK_M, BLOCK_N)
     store_share(SQUARE.ptr, MEAN, share_of_sum(MEAN, away * away), at, SHAPE, BLOCK_M, BLOCK_N)
+
+
+@triton.jit
+def terms_of_sum(X, at, SHAPE, DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """How many elements of a tile go into each of X's sums.
+
+    From the sizes: of the sum of a mask Triton makes one of thousands of additions in every thread.
+    """
+    count = tl.full((1, 1), 1, tl.int64)
+    if X.tiles[-2] is not None:
+        count *= tl.minimum(SHAPE[-2] - at[1], BLOCK_M)
+    if X.tiles[-1] is not None:
+        count *= tl.minimum(SHAPE[-1] - at[2], BLOCK_N)
+    return count.to(DTYPE)
 
 
 @triton.jit

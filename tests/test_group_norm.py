@@ -370,3 +370,15 @@ X, W = torch.ones(2, 6, 4), torch.ones(6)
 def test_errors(call: Callable[[], Any], error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         call()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_no_kernel_has_thousands_of_instructions(dtype: torch.dtype) -> None:
+    """As one had that summed a mask to count: every thread added all 4096 elements of its program's tile."""
+    pytest.importorskip("triton")
+    from retainops.testing import static_report
+
+    x = torch.empty(4, 64, 4096, dtype=dtype, requires_grad=True)
+    w, b = (torch.empty(64, dtype=dtype, requires_grad=True) for _ in "wb")
+    for report in static_report(lambda: group_norm(x, 32, w, b).sum().backward()):
+        assert report.instructions < 1200, str(report)
