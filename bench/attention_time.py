@@ -48,7 +48,13 @@ def backward(tokens: int, causal: bool, kept: ro.Retained | None) -> Callable[[]
     o = ro.attention(q, k, v, is_causal=causal, retain=kept)
     wanted = [q, k, v] + ([] if kept is None else [slot.tensor for slot in kept.values()])
     do = torch.randn_like(o)
-    return functools.partial(torch.autograd.grad, o, wanted, do, retain_graph=True, allow_unused=True)
+
+    def call() -> None:
+        if kept is not None:
+            kept.reset()  # or it would be added to
+        torch.autograd.grad(o, wanted, do, retain_graph=True, allow_unused=True)
+
+    return call
 
 
 def eager(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:

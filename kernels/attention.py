@@ -71,13 +71,26 @@ def whereabouts(X, SIZE, BLOCK: tl.constexpr):
 @triton.jit
 def pointers(H, b, h, row, column, rows, columns):
     """To the elements (row + rows, column + columns) of a head; rows and columns count within a tile."""
-    UNIT: tl.constexpr = 1 if H.eighths is None else 8
-    tile = H.ptr + (b.to(tl.int64) * H.batch + h.to(tl.int64) * H.head + row.to(tl.int64) * H.row) * UNIT
-    tile += column.to(tl.int64) * H.column
-    if H.far is not None:
-        return tile + (rows.to(tl.int64) * H.row * UNIT + columns.to(tl.int64) * H.column)
+    return pointers_from(H.ptr, whole_of(H), H.column, H.far, H.eighths, b, h, row, column, rows, columns)
+
+
+@triton.jit
+def whole_of(H):
+    """The strides of a batch, a head and a row."""
+    return H.batch, H.head, H.row
+
+
+@triton.jit
+def pointers_from(P, strides, stride, far, eighths, b, h, row, column, rows, columns):
+    """As `pointers`, of what a tensor is made of: Triton 3.6 makes no NamedTuple with a None in a kernel."""
+    UNIT: tl.constexpr = 1 if eighths is None else 8
+    batch, head, line = strides
+    tile = P + (b.to(tl.int64) * batch + h.to(tl.int64) * head + row.to(tl.int64) * line) * UNIT
+    tile += column.to(tl.int64) * stride
+    if far is not None:
+        return tile + (rows.to(tl.int64) * line * UNIT + columns.to(tl.int64) * stride)
     else:
-        return tile + (rows * (H.row * UNIT) + columns * H.column)
+        return tile + (rows * (line * UNIT) + columns * stride)
 
 
 @triton.jit
@@ -104,36 +117,45 @@ def add_chunk(
     width = tl.where(second, DV, D) - c
     WHOLE: tl.constexpr = (CHUNKS == 0 or D % CH == 0) and DV % CH == 0
     if CHUNKS == 0:
-        of_queries, of_keys = X.do, X.v
+        Q, of_queries, K, of_keys = X.do.ptr, whole_of(X.do), X.v.ptr, whole_of(X.v)
     else:
-        of_queries, of_keys = either(second, X.do, X.q), either(second, X.v, X.k)
+        Q, of_queries = tl.where(second, X.do.ptr, X.q.ptr), either(second, X.do, X.q)
+        K, of_keys = tl.where(second, X.v.ptr, X.k.ptr), either(second, X.v, X.k)
     if KEYS_DOWN:
-        k = chunk(of_keys, b, h // X.group, n, X.keys, c, width, WHOLE, CH, total.shape[0])
-        q = chunk(of_queries, b, h, m, X.queries, c, width, WHOLE, CH, total.shape[1])
+        k = chunk_from(K, of_keys, X.q, b, h // X.group, n, X.keys, c, width, WHOLE, CH, total.shape[0])
+        q = chunk_from(Q, of_queries, X.q, b, h, m, X.queries, c, width, WHOLE, CH, total.shape[1])
         return tl.dot(k, tl.trans(q), total, input_precision="ieee")
     else:
-        q = chunk(of_queries, b, h, m, X.queries, c, width, WHOLE, CH, total.shape[0])
-        k = chunk(of_keys, b, h // X.group, n, X.keys, c, width, WHOLE, CH, total.shape[1])
+        q = chunk_from(Q, of_queries, X.q, b, h, m, X.queries, c, width, WHOLE, CH, total.shape[0])
+        k = chunk_from(K, of_keys, X.q, b, h // X.group, n, X.keys, c, width, WHOLE, CH, total.shape[1])
         return tl.dot(q, tl.trans(k), total, input_precision="ieee")
 
 
 @triton.jit
 def either(condition, A, B):
-    """The tensor A, or else B."""
+    """The strides of the tensor A, or else of B."""
     batch, head = tl.where(condition, A.batch, B.batch), tl.where(condition, A.head, B.head)
-    row = tl.where(condition, A.row, B.row)
-    return Heads(tl.where(condition, A.ptr, B.ptr), batch, head, row, 1, A.far, A.eighths)
+    return batch, head, tl.where(condition, A.row, B.row)
 
 
 @triton.jit
 def chunk(H, b, h, row, count, c, width, WHOLE: tl.constexpr, CH: tl.constexpr, BLOCK: tl.constexpr):
     """CH columns from c on, of BLOCK rows from `row` on; 0 where there are none: rows end at `count`, columns `width`
     after c, unless the chunks are WHOLE."""
+    return chunk_from(H.ptr, whole_of(H), H, b, h, row, count, c, width, WHOLE, CH, BLOCK)
+
+
+@triton.jit
+def chunk_from(
+    P, strides, LIKE, b, h, row, count, c, width, WHOLE: tl.constexpr, CH: tl.constexpr, BLOCK: tl.constexpr
+):
+    """As `chunk`, of a tensor like another one in what is compiled in."""
     rows, columns = tl.arange(0, BLOCK)[:, None], tl.arange(0, CH)[None, :]
     there = rows < count - row
     if not WHOLE:
         there = there & (columns < width)
-    return tl.load(pointers(H, b, h, row, c, rows, columns), mask=there, other=0.0)
+    p = pointers_from(P, strides, 1, LIKE.far, LIKE.eighths, b, h, row, c, rows, columns)
+    return tl.load(p, mask=there, other=0.0)
 
 
 @triton.jit

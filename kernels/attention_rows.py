@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from retainops.kernels.attention import chunk, keys_seen, scores, whereabouts
+from retainops.kernels.attention import LOG2_E, chunk, keys_seen, scores, whereabouts
 from retainops.kernels.elementary import log
 from retainops.kernels.unary import exp
 
@@ -19,6 +19,7 @@ def lse_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SKIPS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """lse of BLOCK_M queries; 0 of a query that sees no key. With TOP it is of s - top, and top goes there."""
     b, h, m = whereabouts(X, X.queries, BLOCK_M)
@@ -26,20 +27,22 @@ def lse_kernel(
     first, last = keys_seen(X, m, BLOCK_M, BLOCK_N, SKIPS)
     top = tl.full((BLOCK_M, 1), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M, 1), tl.float32)
-    qk = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for step in range(first * CHUNKS, last * CHUNKS):
-        n, c = step // CHUNKS * BLOCK_N, step % CHUNKS * CH
-        q = chunk(X.q, b, h, m, X.queries, c, D - c, D % CH == 0, CH, BLOCK_M)
-        k = chunk(X.k, b, h // X.group, n, X.keys, c, D - c, D % CH == 0, CH, BLOCK_N)
-        qk = tl.dot(q, tl.trans(k), qk, input_precision="ieee")
-        if step % CHUNKS == CHUNKS - 1:
-            s = scores(qk, X, (b, h, m, n, queries, keys))
-            s = tl.where(keys < X.keys - n, s, float("-inf"))
-            higher = tl.maximum(top, tl.max(s, axis=1, keep_dims=True))
-            base = tl.where(higher == float("-inf"), 0.0, higher)
-            total = total * exp(top - base) + tl.sum(exp(s - base), axis=1, keep_dims=True)
-            top = higher
-            qk = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    q = chunk(X.q, b, h, m, X.queries, m * 0, D, D % CH == 0, CH, BLOCK_M)  # the only one, or the first
+    for j in tl.range(first, last, num_stages=STAGES):
+        n = j * BLOCK_N
+        k = chunk(X.k, b, h // X.group, n, X.keys, m * 0, D, D % CH == 0, CH, BLOCK_N)
+        qk = tl.dot(q, tl.trans(k), input_precision="ieee")
+        for i in tl.static_range(1, CHUNKS):
+            c = m * 0 + i * CH
+            more = chunk(X.q, b, h, m, X.queries, c, D - c, D % CH == 0, CH, BLOCK_M)
+            k = chunk(X.k, b, h // X.group, n, X.keys, c, D - c, D % CH == 0, CH, BLOCK_N)
+            qk = tl.dot(more, tl.trans(k), qk, input_precision="ieee")
+        s = scores(qk, X, (b, h, m, n, queries, keys))
+        s = tl.where(keys < X.keys - n, s, float("-inf"))
+        higher = tl.maximum(top, tl.max(s, axis=1, keep_dims=True))
+        base = tl.where(higher == float("-inf"), 0.0, higher)
+        total = total * power(top - base, X) + tl.sum(power(s - base, X), axis=1, keep_dims=True)
+        top = higher
     none = total == 0.0
     top, lse = tl.where(none, 0.0, top), tl.where(none, 0.0, log(total))
     first = (b.to(tl.int64) * X.heads + h) * X.queries + m
@@ -48,6 +51,15 @@ def lse_kernel(
     else:
         lse += top
     tl.store(LSE + first + queries, lse, mask=queries < X.queries - m)
+
+
+@triton.jit
+def power(x, X):
+    """exp(x). Where q has 16 bits it takes two instructions."""
+    if X.q.ptr.dtype.element_ty == tl.float32:
+        return exp(x)
+    else:
+        return tl.exp2(x * LOG2_E)
 
 
 @triton.jit

@@ -48,8 +48,8 @@ def test_the_logarithm_of_each_row_is_natural(kernel: SDPBackend, name: str) -> 
     case = CASES[name]
     *_, o = attend(case, kernel, torch.bfloat16)
     found = lse_of(o)
-    if kernel == SDPBackend.CUDNN_ATTENTION:
-        assert found is None, "compare it here before it is used"
+    if kernel == SDPBackend.CUDNN_ATTENTION and case.mask:
+        assert found is None, "it is that of a finite number where the mask hides a whole row"
         return
     assert found is not None, f"{type(o.grad_fn).__name__} keeps none, of {', '.join(LSE)}"
     expected = run_eager(case, torch.bfloat16, torch.float64, "cuda")["s"]["value"].logsumexp(-1)

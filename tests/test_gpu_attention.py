@@ -43,9 +43,9 @@ def test_lse_is_the_logarithm_of_the_sum(
     except RuntimeError as error:
         pytest.skip(f"this kernel does not take the call: {error}")
     found = lse_of(o)
-    if found is None:  # cuDNN's: not read before somebody has seen this test pass for it; it is made again instead
-        found = o.grad_fn._saved_logsumexp.reshape(*shape[:2], -1)[..., : shape[2]]
-        found = found.masked_fill(found.isinf(), 0.0)
+    if kernel == SDPBackend.CUDNN_ATTENTION and masked:  # what it keeps of a row that sees nothing is something else
+        assert found is None
+        return
     s = (q.double() @ k.double().mT) * shape[-1] ** -0.5
     hidden = ~mask if mask is not None else torch.ones_like(s[0, 0]).triu(1).bool() if causal else None
     s = s if hidden is None else s.masked_fill(hidden, -torch.inf)
@@ -68,7 +68,10 @@ def test_gradients_and_relevance(name: str, dtype: torch.dtype) -> None:
         kept += [s, p, parts["chefer"], parts["legrad"]]
     assert all(map(torch.equal, first, second))
     s, p, chefer, legrad = first
-    check_as_eager(p, run.truth["p"], run.eager["p"])
+    if dtype == torch.float32:  # two orders of the same float32 sums: cuBLAS's has the smaller error in heads of 256
+        check("p", p, run.truth["p"], run.eager["p"])
+    else:
+        check_as_eager(p, run.truth["p"], run.eager["p"])
     products = [g["p"] * g["value of p"] for g in (run.truth, run.eager)]
     check("s", s, run.truth["s"], run.eager["s"], size=largest(products[0]))
     check("chefer", chefer, *(x.relu().mean(1) for x in products))
@@ -80,7 +83,7 @@ def test_the_kernels_answer_through_the_public_function() -> None:
     do = torch.randn_like(q)
     without = torch.autograd.grad(F.scaled_dot_product_attention(q, k, v, is_causal=True), (q, k, v), do)
     kept = ro.Retained(p=ro.Relevance("chefer", "legrad"), s=ro.Stats("l2", over="heads"))
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
         ro.attention(q, k, v, is_causal=True, retain=kept).backward(do)
     launched = {event.key for event in profile.key_averages()}
     assert {"relevance_kernel", "by_key_kernel", "by_query_kernel"} <= launched

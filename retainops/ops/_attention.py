@@ -26,8 +26,11 @@ LSE = {
     "ScaledDotProductFlashAttentionForCpuBackward0": "_saved_logsumexp",
     "ScaledDotProductFlashAttentionBackward0": "_saved_logsumexp",
     "ScaledDotProductEfficientAttentionBackward0": "_saved_log_sumexp",
+    "ScaledDotProductCudnnAttentionBackward0": "_saved_logsumexp",
 }
 """The nodes that keep a natural logarithm, and under which name."""
+MASKLESS = "ScaledDotProductCudnnAttentionBackward0"
+"""Its mask hides a row behind finite numbers, and then its logarithm is theirs."""
 POINTS = ("s", "p")
 """Of the op's points, those that do not exist."""
 
@@ -156,11 +159,13 @@ def lse_of(o: Tensor) -> Tensor | None:
     """The logarithm of each row's sum, (B, H, Nq), of the node that made an output; None if it keeps none."""
     if _hooked():
         return None  # to look at it would undo what the hooks are there for
-    node = o.grad_fn
+    node: Any = o.grad_fn
     if node is not None and type(node).__name__ == "SliceBackward0":  # of heads that were padded
         node = node.next_functions[0][0]
     name = LSE.get(type(node).__name__)
-    return None if name is None else _normal(getattr(node, name), o)
+    if name is None or (type(node).__name__ == MASKLESS and node._saved_attn_bias is not None):
+        return None
+    return _normal(getattr(node, name), o)
 
 
 def _normal(lse: Tensor, o: Tensor) -> Tensor | None:

@@ -78,6 +78,7 @@ def with_lse(scores: Scores) -> Scores:
     lse, tiles = numbers(scores, scores.q.shape[:-1]), tiles_of(scores, "lse")
     constants = constants_of(scores, tiles, True, SKIPS=is_bounded(scores))
     del constants["DV"], constants["CHUNKS_V"]
+    constants["STAGES"] = constants.pop("num_stages")
     lse_kernel[programs_of(scores, -2, tiles)](arguments(scores), lse, top, **constants)
     return scores._replace(lse=lse, top=top)
 

@@ -58,6 +58,14 @@ def tiles_of(scores: Scores, kind: str) -> Tiles:
     chunks = (64, 32) if hopper or blackwell else (32,)  # others hold a chunk in registers
     # Of chunks that are not full not more than a fifth is wasted.
     chunk = next((c for c in chunks if all(4 * c * triton.cdiv(w, c) <= 5 * w for w in widths)), 16)
+    if kind == "lse":
+        width = triton.next_power_of_2(max(widths[0], 16))  # q as a whole stays where it is
+        return Tiles(64, 64, width if width <= 128 else chunk, 4, 3 if hopper else 2)
+    if hopper and chunk == 64 and all(104 <= w <= 128 for w in widths) and scores.mask is None:  # as measured
+        if kind == "relevance":
+            return Tiles(64, 128, 128, 4, 2)
+        if kind == "legrad":
+            return Tiles(128, 128, 128, 8, 2)
     return Tiles(128, columns, chunk, 8, 3)
 
 
