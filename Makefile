@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help setup demo test lint check bench docs clean
+.PHONY: help setup demo test oldest lint check bench docs clean
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*##/  make \1\t/'
 
@@ -24,6 +24,13 @@ demo: setup  ## the main job: fit a photograph, keep every layer's interior grad
 
 test: setup  ## the test suite (WORKERS=n to choose how many run at once)
 	$(BIN)/python -m pytest -n $(WORKERS) -q
+
+OLDEST := $(VENV)/oldest
+$(OLDEST): $(READY)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(OLDEST) triton==3.6.0
+
+oldest: $(OLDEST)  ## whether the oldest Triton that is supported compiles every kernel
+	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest -n $(WORKERS) -q tests/test_every_kernel_compiles.py
 
 lint: setup  ## ruff and mypy
 	$(BIN)/ruff check .
