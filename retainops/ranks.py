@@ -172,7 +172,7 @@ def _put(asked: Mapping[str, Slot], found: Mapping[tuple[int, str], torch.Tensor
         assert isinstance(slot.want, Stats)
         own = [part for part in map(_local, slot._parts.values()) if part.is_floating_point()]
         dtype = own[0].dtype if own else torch.float32
-        slot._note_arrival()  # here none may have come: it then counts as the last in backward
+        slot.note_arrival()  # here none may have come: it then counts as the last in backward
         parts: dict[str, Any] = {}
         for name in slot.want.parts:
             value = found[id(slot), name]

@@ -212,7 +212,7 @@ class Slot:
 
         The shape is the graph's: the slot itself may have been reset and bound to another one since.
         """
-        self._note_arrival()
+        self.note_arrival()
         if self.want is None:
             new = torch.empty(shape, dtype=dtype, device=device)
             return Answer(new, False, new, None)
@@ -240,7 +240,7 @@ class Slot:
         if leaf is not None and leaf is not self._leaf and earlier.get(id(leaf)) is not leaf:
             return
         with self._lock:
-            self._note_arrival()
+            self.note_arrival()
             # No graph is kept through statistics, and what create_graph gave is not theirs to hold.
             alone = {name: part.detach() if isinstance(part, torch.Tensor) else part for name, part in parts.items()}
             self._parts = merge(self.name, self._parts, alone)
@@ -254,7 +254,7 @@ class Slot:
         `grad` and `value` may be wider than the interior's dtype: what is kept is rounded to it last.
         """
         dtype = grad.dtype if leaf is None else leaf.dtype
-        self._note_arrival()
+        self.note_arrival()
         if isinstance(self.want, Into):
             with self._lock, torch.no_grad():
                 answer = self.answer(op, grad.shape, dtype, grad.device)
@@ -275,7 +275,7 @@ class Slot:
 
     def _deposit_from_graph(self, parts: dict[str, torch.Tensor]) -> None:
         """Take what a compiled graph answered."""
-        self._note_arrival(compiled=True)
+        self.note_arrival(compiled=True)
         dense = parts.pop("dense", None)
         # The full gradient's shape is checked before anything is taken.
         with self._lock:  # not by `bind`: a Part is one already
@@ -294,7 +294,8 @@ class Slot:
         names = self.want.names if isinstance(self.want, (Stats, Relevance)) else ()
         return {"grad": self.grad, **{name: getattr(self, name) for name in names}}
 
-    def _note_arrival(self, compiled: bool = False) -> None:
+    def note_arrival(self, compiled: bool = False) -> None:
+        """Something came: `first_nonfinite` asks for the order."""
         if self._arrival is None:
             self._arrival = Arrival(next(_arrivals), compiled)
 

@@ -74,8 +74,10 @@ class Ear(torch.autograd.Function):
         tensors, leaves = args[:4], dict(zip((p.name for p in op.points), args[4:], strict=True))
         ctx.op, ctx.call, ctx.slots, ctx.kernels = op, call, slots, kernels
         ctx.leaves = {name: leaf for name, leaf in leaves.items() if leaf is not None}
-        ctx.autocast = _fused.autocast_here(o.device.type)
-        ctx.casts = torch.is_autocast_enabled(o.device.type)
+        ctx.casts, ctx.autocast = (
+            torch.is_autocast_enabled(o.device.type),
+            torch.get_autocast_dtype(o.device.type),
+        )
         ctx.set_materialize_grads(False)
         ctx.dtype = o.dtype
         ctx.save_for_backward(*tensors, o if kernels else None, lse)
@@ -88,7 +90,8 @@ class Ear(torch.autograd.Function):
         if do is None:  # no gradient arrives: none leaves, as in eager
             return (None,) * len(needs)
         if torch.is_grad_enabled() or dispatch.transformed() or not dispatch.dense(do):
-            with ctx.autocast():  # whatever is in force around this backward
+            # Whatever is in force around this backward.
+            with torch.autocast(do.device.type, dtype=ctx.autocast, enabled=ctx.casts):
                 inputs = (*tensors, 0.0, *ctx.call)
                 needed = (*needs[6:10], *[False] * (len(inputs) - 4))
                 found = _fused.through_reference(ctx.op, inputs, needed, ctx.slots, ctx.leaves, (do,))

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 
 from retainops import dispatch, registry
+from retainops.dispatch import HAS_TRITON
 from retainops.ops._plan import Plan, plan, several
 from retainops.ops._saved import Unread, restored, saved
 from retainops.points import reader
 from retainops.registry import Op
 from retainops.slots import Slot
+
+if HAS_TRITON:
+    from retainops.ops import _replay
 
 
 class Kernels(Protocol):
@@ -56,9 +59,9 @@ class Fused(torch.autograd.Function):
         inputs, leaves = args[: ctx.count], args[ctx.count :]
         ctx.op, ctx.kernels, ctx.slots = op, kernels, slots
         ctx.leaves = slots and {p.name: leaf for p, leaf in zip(op.points, leaves, strict=True) if leaf is not None}
-        ctx.autocast = autocast_here(layout.device.type)
         ctx.set_materialize_grads(False)
-        results = kernels.forward(inputs, layout)
+        ctx.layout = layout
+        results = _replay.forward(kernels, inputs, layout) if repeats(kernels) else kernels.forward(inputs, layout)
         outputs, others = results[: len(layout.outputs)], results[len(layout.outputs) :]
         # A statistic of value x gradient needs the values after all.
         values = bool(slots) and any("act_grad" in slot.parts for slot in slots.values())
@@ -74,16 +77,22 @@ class Fused(torch.autograd.Function):
         needed, wanted = needs[: ctx.count], needs[ctx.count :]
         leaves = ctx.leaves and {p.name: ctx.leaves[p.name] for p, want in zip(op.points, wanted, strict=True) if want}
         if not kernels_can(*dys, readable=getattr(ctx.kernels, "reads", dispatch.plain)):
-            with ctx.autocast():  # whatever is in force around this backward
+            with autocast_as(ctx.layout):  # whatever is in force around this backward
                 by_reference = getattr(ctx.kernels, "through_reference", through_reference)
                 return *none, *by_reference(op, inputs[: ctx.count], needed, ctx.slots, ctx.leaves, dys)
+        if repeats(ctx.kernels):
+            return *none, *_replay.backward(ctx.kernels, ctx.layout, op, inputs, dys, needed, ctx.slots, leaves)
         return *none, *ctx.kernels.backward(op, inputs, dys, needed, ctx.slots, leaves)
 
 
-def autocast_here(device_type: str) -> Callable[[], torch.autocast]:
-    """Autocast as it is here and now, to be entered again."""
-    enabled, dtype = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
-    return functools.partial(torch.autocast, device_type, dtype=dtype, enabled=enabled)
+def repeats(kernels: Kernels) -> bool:
+    """Whether what the host does for a call follows from layouts: a room that runs elsewhere too has no launches."""
+    return HAS_TRITON and not hasattr(kernels, "reads")
+
+
+def autocast_as(layout: Plan) -> torch.autocast:
+    """Autocast as it was in the forward of this plan."""
+    return torch.autocast(layout.device.type, dtype=layout.autocast, enabled=layout.autocast is not None)
 
 
 def register(kernels: Kernels, **fields: Any) -> Op:

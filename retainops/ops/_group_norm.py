@@ -16,7 +16,7 @@ from retainops.slots import Slot
 if HAS_TRITON:
     from retainops.kernels import group_norm as kernels
     from retainops.kernels.tiles import Operand
-    from retainops.ops._launch import launch, on_device
+    from retainops.ops._launch import launch, launch_as_it_is
     from retainops.ops._operands import Grad, Kept
     from retainops.ops._walk import Walk, merge, own_strides, power_of_2, shares, strides_in
 
@@ -136,8 +136,7 @@ def _each_group(kernel: Any, x: Tensor, groups: int, *operands: Any, sizes: Sequ
         return
     given: list[Any] = [t.partial if isinstance(t, PerChannel) else t for t in operands]
     rows, channels = given[0].shape[0], x.shape[1] // groups
-    with on_device(x.device):
-        kernel[(x.shape[0] * groups,)](*given, rows, channels, *sizes, BLOCK=BLOCK)
+    launch_as_it_is(kernel, x.shape[0] * groups, x.device, *given, rows, channels, *sizes, BLOCK=BLOCK)
 
 
 def _walked(

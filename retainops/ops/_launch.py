@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from retainops.buffers import share_memory
-from retainops.ops._operands import Grad, Kept, Seed, key_of, maker_of
+from retainops.ops._operands import Grad, Kept, Seed, key_of, listener, maker_of
 from retainops.ops._saved import Unread
 from retainops.ops._walk import Walk, walk
 
@@ -45,8 +45,8 @@ class Prepared(NamedTuple):
 MOST = 4096
 """Launches that are remembered. When there are more all are forgotten, and prepared again as they come."""
 _prepared: dict[Hashable, Prepared] = {}
-_signed: dict[Hashable, Prepared] = {}
-"""Some of them by what their caller calls them, which takes less to put together."""
+forgotten: list[Callable[[], None]] = [_prepared.clear]
+"""What forgets all that is remembered of launches."""
 
 
 def launch(
@@ -56,7 +56,6 @@ def launch(
     *operands: Any,
     walked: Callable[..., Walk] | None = None,
     programs: Callable[[Walk], int] | None = None,
-    signature: Hashable = None,
     **constants: Any,
 ) -> None:
     """Launch a kernel of the form kernel(*operands, SHAPE, DTYPE, BLOCK_M, BLOCK_N, **constants) over a shape.
@@ -70,7 +69,6 @@ def launch(
         walked: how to walk the tensors, from what `walk` takes; default: `walk`. Like `programs` it may depend on the
             kernel, the shape and the layouts of the operands, and on nothing else.
         programs: how many programs a walk is shared by; default: each tile has its own.
-        signature: what all of this follows from, but for pointers and numbers: for `relaunch`. Default: nothing.
         **constants: the kernel's own; one that follows from the walk is a function of it, such as `covers`.
     """
     if not shape.numel():
@@ -81,9 +79,8 @@ def launch(
         device = triton.runtime.driver.active.get_current_device()
     elif device != torch.cuda.current_device():
         with torch.cuda.device(device):
-            launch(kernel, shape, dtype, *operands, walked=walked, programs=programs, signature=signature, **constants)
+            launch(kernel, shape, dtype, *operands, walked=walked, programs=programs, **constants)
         return
-    given = operands
     held = torch.float64 if dtype == torch.float64 else torch.float32
     if held == torch.float64 and any(isinstance(x, numbers.Real) for x in flat):  # Triton passes numbers as float32
         operands = _each(operands, lambda x: _tensor(x, held, flat) if isinstance(x, numbers.Real) else x)
@@ -96,29 +93,32 @@ def launch(
     key = (id(kernel), shape, held, device, *map(key_of, flat), *constant)
     known = _prepared.get(key)
     if known is not None:
-        known.start(device, *known.arguments(operands), *known.tail)
+        _start(known.start, device, *known.arguments(operands), *known.tail)
     else:
         if len(_prepared) >= MOST:
-            forget()
-        known = _prepared[key] = _first(kernel, shape, held, operands, flat, walked, programs, constants)
-    if signature is not None and operands is given:  # not a number made a tensor, not a copy beside an `Into`
-        if len(_signed) >= MOST:
-            _signed.clear()
-        _signed[device, signature] = known
+            _prepared.clear()
+        _prepared[key] = _first(kernel, shape, held, operands, flat, walked, programs, constants)
 
 
-def relaunch(signature: Hashable, like: torch.Tensor, *operands: Any) -> bool:
-    """Launch as `launch` did with this signature, on the device of `like`; whether it has: otherwise call that."""
-    device = like.get_device()
-    if device < 0:
-        device = triton.runtime.driver.active.get_current_device()
-    elif device != torch.cuda.current_device():
-        return False
-    known = _signed.get((device, signature))
-    if known is None:
-        return False
-    known.start(device, *known.arguments(operands), *known.tail)
-    return True
+def launch_as_it_is(kernel: Any, programs: int, device: torch.device, *arguments: Any, **constants: Any) -> None:
+    """Launch a kernel over nothing that is walked, with arguments that are made: as kernel[(programs,)](...)."""
+    listening = listener.get()
+    with on_device(device), listening.unheard() if listening else contextlib.nullcontext():
+        compiled = kernel[(programs,)](*arguments, **constants)
+        number = triton.runtime.driver.active.get_current_device()
+    if listening:
+        tail = [constants[name] for name in kernel.arg_names[len(arguments) :]]
+        listening.started(_starter(compiled, (programs, 1, 1)), number, [*arguments, *tail])
+
+
+def _start(start: Callable[..., Any], device: int, *arguments: Any) -> None:
+    listening = listener.get()
+    if listening is None:
+        start(device, *arguments)
+    else:
+        with listening.unheard():
+            start(device, *arguments)
+        listening.started(start, device, arguments)
 
 
 def _first(
@@ -142,6 +142,8 @@ def _first(
     constants = {name: x(way) if isinstance(x, FunctionType) else x for name, x in constants.items()}
     dtype = tl.float64 if held == torch.float64 else tl.float32
     makers = tuple(_maker(way, shape, x, held) for x in operands)
+    if listening := listener.get():
+        listening.is_early = True
     prepared = Prepared((kernel, *constants.values()), makers, (), print)
     given = prepared.arguments(operands)
     compiled = kernel[grid](*given, way.shape, dtype, *way.block, **constants, num_warps=way.warps)
@@ -186,8 +188,16 @@ def _is_hooked(hook: Any) -> bool:
 
 def forget() -> None:
     """Prepare every launch anew, as tests ask for that change what `walked` and `programs` depend on."""
-    _prepared.clear()
-    _signed.clear()
+    for forget_these in forgotten:
+        forget_these()
+
+
+def current(device: torch.device) -> int | None:
+    """The number of the GPU to launch on, a simulated one's too; None: it is another one's turn."""
+    if device.type != "cuda":
+        return triton.runtime.driver.active.get_current_device()
+    number = torch.cuda.current_device()
+    return number if device.index == number else None
 
 
 def triton_dtype(x: torch.Tensor) -> tl.dtype:

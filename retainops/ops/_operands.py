@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Hashable, Sequence
+from contextvars import ContextVar
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -19,6 +20,7 @@ from retainops.ops._saved import Unread
 from retainops.ops._walk import Walk, merged_strides, own_strides, shares, strides_in
 from retainops.slots import Slot
 from retainops.stats import HIST_BINS, Part, Shared, count, parts_of
+from retainops.stats import Stats as Asked
 
 WARPS = _WARPS.value
 NOTHING = Operand(None, ())
@@ -27,6 +29,8 @@ NO_STATS = Stats()
 NOT_RETAINED = Retained(None, (), None, NO_STATS)
 
 
+listener: ContextVar[Any] = ContextVar("retainops_listener", default=None)
+"""Is told of launches, and of what slots are given: `_replay.Notes`, or None."""
 ALIGNED = 16
 """Bytes: Triton compiles a kernel for pointers that divide by this, and another one for others."""
 
@@ -68,16 +72,6 @@ def key_of(x: Any) -> Hashable:
     if hasattr(x, "place"):
         return cast(Hashable, x.key())
     return layout_of(x) if isinstance(x, torch.Tensor) else cast(Hashable, kind)
-
-
-def signature_of(x: Any) -> Hashable:
-    """What the operands that are made of an input depend on, besides pointers and numbers."""
-    kind = type(x)
-    if kind is torch.Tensor or kind is torch.nn.Parameter:
-        return x.shape, x.stride(), x.dtype, x.data_ptr() % ALIGNED == 0
-    if kind is Unread:
-        return x.shape, x.like.stride(), x.like.dtype  # its gradient is laid out as it
-    return x if kind is bool or kind is str else key_of(x)
 
 
 def maker_of(way: Walk, shape: torch.Size, x: Any, held: torch.dtype) -> Callable[[Any], Any]:
@@ -230,16 +224,20 @@ class Kept:
         """Tell the slot what was written, once it is; the gradient to return to autograd for it."""
         self.slot.written()
         if self.stats is not None:
-            like = torch.empty((), dtype=self.dtype, device=self.device).expand(self.shape)
-            if not self.shape.numel():
-                found = parts_of(self.stats.parts, self.stats.over, like, like)
-                self.slot.merge(dict(zip(self.stats.parts, found, strict=True)), self.leaf)
+            if listening := listener.get():
+                listening.merge(self.slot, self._parts(self.stats), self.leaf)
             else:
-                parts = {name: self._part(name, shares) for name, shares in self.partials.items()}
-                if "count" in self.stats.parts:
-                    parts["count"] = count(like, self.stats.over)
-                self.slot.merge(parts, self.leaf)
+                self.slot.merge(self._parts(self.stats), self.leaf)
         return self.returned
+
+    def _parts(self, stats: Asked) -> dict[str, Part]:
+        like = torch.empty((), dtype=self.dtype, device=self.device).expand(self.shape)
+        if not self.shape.numel():
+            return dict(zip(stats.parts, parts_of(stats.parts, stats.over, like, like), strict=True))
+        parts = {name: self._part(name, shares) for name, shares in self.partials.items()}
+        if "count" in stats.parts:
+            parts["count"] = count(like, stats.over)
+        return parts
 
     def _part(self, name: str, shares: torch.Tensor) -> Part:
         """One number is put together when somebody reads it; more of them now, for their shares take memory."""
@@ -281,5 +279,7 @@ class KeptSum:
 
     def finish(self) -> torch.Tensor | None:
         """Hand the gradient to the slot; what to return to autograd for it."""
+        if (listening := listener.get()) and self.slot.want is not None:
+            listening.are_whole = False  # the slot reduces the gradient, which is its own affair
         value = self.value() if "act_grad" in self.slot.parts else None
         return self.slot.deposit(self.op, self.grad.sum(), value, self.leaf)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -17,18 +18,21 @@ class Output(NamedTuple):
     dtype: torch.dtype
 
 
-class Plan(NamedTuple):
-    """The outputs and the points of one call.
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """The outputs and the points of one call. It equals itself alone: calls of one layout have one plan.
 
     Attributes:
         outputs: in order.
         points: (shape, dtype) by name.
         device: of all of them.
+        autocast: the dtype of autocast there, None where it is off.
     """
 
     outputs: tuple[Output, ...]
     points: Mapping[str, tuple[torch.Size, torch.dtype]]
     device: torch.device
+    autocast: torch.dtype | None = None
 
     def empty(self, which: int = 0) -> torch.Tensor:
         """An output, not yet written."""
@@ -49,7 +53,6 @@ def plan(reference: Callable[..., Any], inputs: tuple[Any, ...]) -> Plan:
 def _plan(
     reference: Callable[..., Any], layouts: tuple[Any, ...], device: torch.device, autocast: torch.dtype | None
 ) -> Plan:
-    """`autocast` is in force around this call; it is here to be a key."""
     seen: dict[str, torch.Tensor] = {}
 
     def point(name: str, value: torch.Tensor) -> torch.Tensor:
@@ -63,7 +66,7 @@ def _plan(
         if autocast is not None:  # which looks at the device: ask with tensors of no elements there
             typed = several(reference(*(_like(x, device) for x in layouts), point))
     planned = (Output(y.shape, y.stride(), t.dtype) for y, t in zip(outputs, typed, strict=True))
-    return Plan(tuple(planned), {name: (shapes[name], seen[name].dtype) for name in shapes}, device)
+    return Plan(tuple(planned), {name: (shapes[name], seen[name].dtype) for name in shapes}, device, autocast)
 
 
 def several(outputs: torch.Tensor | tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

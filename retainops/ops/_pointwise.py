@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,8 +19,8 @@ from retainops.slots import Slot
 
 if HAS_TRITON:
     from retainops.kernels import pointwise as kernels
-    from retainops.ops._launch import launch, relaunch
-    from retainops.ops._operands import Grad, Kept, KeptSum, gradient, key_of, signature_of
+    from retainops.ops._launch import launch
+    from retainops.ops._operands import Grad, Kept, KeptSum, gradient
 
 Maths = Callable[[], tuple[Any, Any]]
 """Makes the `@triton.jit` functions (FORWARD, BACKWARD) that kernels/pointwise.py describes."""
@@ -73,10 +73,6 @@ class Pointwise:
         """What the kernels take for the inputs."""
         return tuple(inputs)
 
-    def signature(self, inputs: Sequence[Any]) -> tuple[Hashable, ...]:
-        """What operands and gradients depend on of the inputs, but for pointers and numbers (whatever these are)."""
-        return tuple(map(signature_of, inputs))
-
     def gradients(self, inputs: Sequence[Any], shape: torch.Size, needed: Sequence[bool]) -> tuple[Any, ...]:
         """What the backward kernel writes, one for each of its first GRADS inputs."""
         return tuple([gradient(x, shape, need) for x, need in zip(inputs[: self.grads], needed, strict=False)])
@@ -88,10 +84,8 @@ class Pointwise:
 
     def forward(self, inputs: Sequence[Any], layout: Plan) -> tuple[torch.Tensor, ...]:
         y, x = layout.empty(), self.operands(inputs)
-        signature = (self, self.maths, "forward", key_of(y), *self.signature(inputs))
-        if not relaunch(signature, y, x, y):
-            kernel, constants = self.forward_kernel(len(x), y.dtype)
-            launch(kernel, y.shape, y.dtype, x, y, signature=signature, **constants)
+        kernel, constants = self.forward_kernel(len(x), y.dtype)
+        launch(kernel, y.shape, y.dtype, x, y, **constants)
         return (y,)
 
     def functions(self, dtype: torch.dtype) -> tuple[Any, Any]:
@@ -125,12 +119,8 @@ class Pointwise:
         x, dx = self.operands(inputs), self.gradients(inputs, dy.shape, written)
         dc = tuple(_kept(op, inputs, slots, leaves, p.name, dy.shape) for p in op.points)
         # A kernel takes no empty tuple: one point that nobody asked for stands for none.
-        operands = x, dy, dx, dc or (None,)
-        # Which gradients there are follows from `needed`, their layouts from the inputs.
-        signature = (self, self.maths, needed, key_of(dy), *self.signature(inputs), *[c and c.key() for c in dc])
-        if not relaunch(signature, dy, *operands):
-            kernel, constants = self.backward_kernel(len(x), len(dx), len(dc), dy.dtype)
-            launch(kernel, dy.shape, dy.dtype, *operands, signature=signature, **constants)
+        kernel, constants = self.backward_kernel(len(x), len(dx), len(dc), dy.dtype)
+        launch(kernel, dy.shape, dy.dtype, x, dy, dx, dc or (None,), **constants)
         grads = self.returned(dx, inputs)
         for i, j in shared.items():
             grads[i] = dy if j == DY else grads[j]

@@ -16,7 +16,7 @@ if HAS_TRITON:
     import triton.language as tl
 
     from retainops.kernels import rope as kernels
-    from retainops.ops._launch import launch, on_device
+    from retainops.ops._launch import launch, launch_as_it_is
     from retainops.ops._operands import Kept
     from retainops.ops._saved import Unread
     from retainops.ops._walk import power_of_2
@@ -104,15 +104,17 @@ def _turn(
     cut = _cut(shape, rot, max(heads))
     runs = interleaved and all(x is None or x.stride(-1) == 1 for x in (*given, *into, *tables))
     is_wide = torch.float64 in {x.dtype for x in (*written, *tables)}
-    with on_device(written[0].device):
-        kernels.rope_kernel[(cut.programs,)](
-            *(_pairs(x, rot, interleaved, runs) for x in given),
-            *(_pairs(t, rot, interleaved and not half_tables, runs and not half_tables) for t in tables),
-            *(_pairs(x, rot, interleaved, runs) for x in into),
-            *(*heads, shape[2], cut.groups, tl.float64 if is_wide else tl.float32),
-            *(cut.block_m, rot // 2, cut.block_n, shape[3] - rot, cut.block_r, runs, half_tables, inverse),
-            num_warps=cut.warps,
-        )
+    launch_as_it_is(
+        kernels.rope_kernel,
+        cut.programs,
+        written[0].device,
+        *(_pairs(x, rot, interleaved, runs) for x in given),
+        *(_pairs(t, rot, interleaved and not half_tables, runs and not half_tables) for t in tables),
+        *(_pairs(x, rot, interleaved, runs) for x in into),
+        *(*heads, shape[2], cut.groups, tl.float64 if is_wide else tl.float32),
+        *(cut.block_m, rot // 2, cut.block_n, shape[3] - rot, cut.block_r, runs, half_tables, inverse),
+        num_warps=cut.warps,
+    )
 
 
 class Cut(NamedTuple):

@@ -6,7 +6,7 @@ Source: Shazeer 2020, GLU Variants Improve Transformer (arXiv 2002.05202); Dauph
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -147,12 +147,6 @@ class Packed(Pointwise):
 
     def operands(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
         return halves(self.op, *inputs)
-
-    def signature(self, inputs: Sequence[Any]) -> tuple[Hashable, ...]:
-        """Of x and of its halves: the second one may be aligned where the first is not, and the other way round."""
-        from retainops.ops._operands import signature_of
-
-        return tuple(map(signature_of, (*inputs, *self.operands(inputs))))
 
     def gradients(self, inputs: Sequence[Any], shape: torch.Size, needed: Sequence[bool]) -> tuple[Any, ...]:
         from retainops.ops._operands import Grad

@@ -1,0 +1,121 @@
+"""What the host does for a call, written down as a short function, and done again by that function.
+
+An op's `forward` and `backward` decide much in Python: which kernels, of which tiles, over which tensors. All of it
+follows from the layouts of what they are given. So when a call comes a second time with the same layouts, its
+allocations and launches are noted; from then on they are made by a function of these lines and no others, such as
+
+    def replay(slots, leaves, x0, x1):
+        t0 = empty_strided((1024,), (1,), dtype=c0, device=c1)
+        start0(0, (new(Operand, (x0, c2)), new(Operand, (x1, c2))), new(Operand, (t0, c2)), c3, c4)
+        return (t0,)
+
+This is a CUDA graph's idea for the host: the same kernels on new memory, in any stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from retainops.ops import _launch
+from retainops.ops._notes import Notes, Replay
+from retainops.ops._operands import ALIGNED
+from retainops.ops._plan import Plan
+from retainops.ops._saved import Unread
+from retainops.registry import Op
+from retainops.slots import Slot
+from retainops.stats import Stats
+
+Tensor = torch.Tensor
+NO_SLOTS: Mapping[str, Any] = {}
+SEEN, NEVER = "seen", "never"
+MOST = 4096
+"""Calls that are known. When there are more all are forgotten, and noted again as they come."""
+_known: dict[Hashable, Replay | str] = {}
+_launch.forgotten.append(_known.clear)
+
+
+def forward(kernels: Any, inputs: Sequence[Any], layout: Plan) -> tuple[Tensor | None, ...]:
+    """kernels.forward(inputs, layout)."""
+    if (device := _launch.current(layout.device)) is None:
+        return kernels.forward(inputs, layout)
+    # The plan stands for all of a tensor's layout but its alignment.
+    signs = [x.data_ptr() % ALIGNED if isinstance(x, Tensor) else sign_of_other(x) for x in inputs]
+    return replayed((kernels, device, layout, *signs), lambda *given: kernels.forward(given, layout), inputs)
+
+
+def backward(
+    kernels: Any,
+    layout: Plan,
+    op: Op,
+    inputs: Sequence[Any],
+    dys: Sequence[Tensor | None],
+    needed: Sequence[bool],
+    slots: Mapping[str, Slot],
+    leaves: Mapping[str, Tensor],
+) -> list[Tensor | None]:
+    """kernels.backward(op, inputs, dys, needed, slots, leaves), as of a forward with this plan."""
+    device = _launch.current(layout.device)
+    wants = [(name, slots[name].want) for name in leaves]
+    known = all(want is None or isinstance(want, Stats) for _, want in wants)  # others keep answers of their own
+    if device is None or not known or len(set(slots.values())) < len(slots):
+        return kernels.backward(op, inputs, dys, needed, slots, leaves)
+    count, given = len(inputs), (*inputs, *dys)
+    key = (kernels, device, layout, needed, *wants, *map(sign, given))
+
+    def do(*given: Any) -> list[Tensor | None]:
+        return kernels.backward(op, given[:count], given[count:], needed, slots, leaves)
+
+    results = replayed(key, do, given, slots, leaves)
+    for name in leaves:
+        slots[name].note_arrival()
+    return results
+
+
+def replayed(
+    key: Hashable,
+    do: Callable[..., Any],
+    given: Sequence[Any],
+    slots: Mapping[str, Slot] = NO_SLOTS,
+    leaves: Mapping[str, Tensor] = NO_SLOTS,
+) -> Any:
+    """do(*given): the first time as it is, the second time with notes, from then on by the notes.
+
+    Args:
+        key: all that `do` depends on but the tensors' pointers: layouts and alignment, devices, numbers.
+        do: gives tensors and None, in tuples and lists.
+        given: tensors, and others.
+        slots, leaves: what gives statistics to slots finds them here.
+    """
+    known = _known.get(key)
+    if callable(known):
+        return known(slots, leaves, *given)
+    if known == SEEN:
+        notes = Notes(given, slots)
+        results = notes.take(do)
+        if not notes.is_early:
+            _known[key] = notes.replay(results) or NEVER
+        return notes.given_back(results)
+    results = do(*given)
+    if known is None:
+        if len(_known) >= MOST:
+            _known.clear()
+        _known[key] = SEEN
+    return results
+
+
+def sign(x: Any) -> Hashable:
+    """All that a call depends on of something that it is given, but for a tensor's pointer."""
+    kind = type(x)
+    if kind is Tensor or kind is torch.nn.Parameter:
+        return x.shape, x.stride(), x.dtype, x.data_ptr() % ALIGNED
+    if kind is Unread:
+        return kind, x.shape, x.like.stride(), x.like.dtype
+    return sign_of_other(x)
+
+
+def sign_of_other(x: Any) -> Hashable:
+    """The same of a number, a flag, a name: 1, 1.0 and True differ, and so do 0.0 and -0.0."""
+    return None if x is None else (type(x), x or str(x))
