@@ -25,7 +25,8 @@ class Tap(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         if slot.takes_value:
             ctx.save_for_backward(x)
-        return x.view_as(x)
+        # Not a view, which PyTorch would not let be changed in place: a point may be an op's output.
+        return x.view_as(x) if op == "point" else x.detach()
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:

@@ -210,6 +210,9 @@ def nonfinite(wide: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
 
 def count(g: torch.Tensor, over: str) -> torch.Tensor:
     """How many elements each statistic is of."""
+    if torch.compiler.is_compiling():  # a size may be wrong there: Dynamo takes it from strides that g may not have
+        ones, dims = torch.ones_like(g, dtype=torch.int64), reduced_dims(over, g.dim())
+        return (ones.sum(dims) if dims else ones).reshape(-1)[:1].sum()
     shape = Stats("mean", over=over).shape(g.shape)
     return torch.full((), g.numel() // max(shape.numel(), 1), dtype=torch.int64, device=g.device)
 

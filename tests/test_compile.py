@@ -181,6 +181,17 @@ def test_batch_size_may_change() -> None:
     assert graphs() == 2  # one for the first size, one for all others
 
 
+@pytest.mark.parametrize("over", ["tensor", "rows"])
+def test_statistics_of_a_half_whose_width_changes(over: str) -> None:
+    """A dynamic size that Dynamo takes from the stride of a view, which the gradient does not have."""
+    step = torch.compile(lambda x, kept: ro.glu(x, retain=kept), fullgraph=True, backend="aot_eager")
+    for n in (8, 16, 32):
+        kept = ro.Retained(gate=ro.Stats("mean", "sum", grad=True, over=over))
+        step(random_leaves("cpu")(3, n), kept).sum().backward()
+        full = kept.gate.grad
+        torch.testing.assert_close(kept.gate.mean, full.mean() if over == "tensor" else full.mean(-1))
+
+
 def test_gradient_accumulation() -> None:
     step, (a, b), kept = compiled(), pair(3, 4), request(ro.Stats("amax", "sum", grad=True))
     for scale in (1, -5, 2):

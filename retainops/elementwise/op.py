@@ -16,7 +16,6 @@ from retainops.ops import _fused
 from retainops.ops._check import KERNEL_DTYPES, refuses_dtypes
 from retainops.ops._plan import plan
 from retainops.ops._pointwise import Pointwise
-from retainops.points import no_grad
 from retainops.registry import Op, PointInfo
 from retainops.slots import Slot
 
@@ -60,12 +59,8 @@ def record(call: Callable[..., torch.Tensor], traced: Traced, generated: Generat
     """The op of a traced function."""
     reference = reference_of(traced)
     on_kernels = OnKernels(traced, generated)
-    sources = {name: _sources(traced, node) for name, node in traced.names.items()}
 
     def launch(inputs: tuple[Any, ...], slots: Mapping[str, Slot]) -> Any:
-        for name in slots:
-            if not any(isinstance(inputs[i], torch.Tensor) and inputs[i].requires_grad for i in sources[name]):
-                raise no_grad(op.name, name)
         # What has no gradient must not make the output require one.
         own = (x.detach() if _is_idle(x, i, generated) else x for i, x in enumerate(inputs))
         return _fused.launch(op, on_kernels, tuple(own), slots)
@@ -98,20 +93,18 @@ def _is_idle(x: Any, place: int, generated: Generated) -> bool:
     return isinstance(x, torch.Tensor) and x.requires_grad and place not in generated.graded
 
 
-def _sources(traced: Traced, node: Node, differentiably: bool = True) -> list[int]:
+def _sources(traced: Traced, node: Node) -> list[int]:
     """Places of the parameters that a node depends on."""
     needed = {node}
     for other in reversed(traced.steps):
         if other in needed:
-            step = other.meta["step"]
-            pairs = zip(step.operands, step.grads, strict=True)
-            needed.update(x for x, grad in pairs if isinstance(x, Node) and (grad is not None or not differentiably))
+            needed.update(x for x in other.meta["step"].operands if isinstance(x, Node))
     return [i for i, source in enumerate(traced.inputs) if source in needed]
 
 
 def _shape(traced: Traced, node: Node) -> str:
     """The shape of a node, in words."""
-    *names, last = (traced.parameters[i].name for i in _sources(traced, node, differentiably=False))
+    *names, last = (traced.parameters[i].name for i in _sources(traced, node))
     return f"broadcast of {', '.join(names)} and {last}" if names else f"of {last}"
 
 

@@ -11,7 +11,7 @@ from retainops import dispatch, registry
 from retainops.dispatch import HAS_TRITON
 from retainops.ops._plan import Plan, plan, several
 from retainops.ops._saved import Unread, restored, saved
-from retainops.points import reader
+from retainops.points import no_grad, reader
 from retainops.registry import Op
 from retainops.slots import Slot
 
@@ -108,11 +108,21 @@ def register(kernels: Kernels, **fields: Any) -> Op:
 def launch(op: Op, kernels: Kernels, inputs: tuple[Any, ...], slots: Mapping[str, Slot]) -> Any:
     """Run an op on its kernels, its points bound to the slots that ask for them."""
     layout = plan(op.reference, inputs)
-    leaves = [
-        slots[p.name].bind(op.name, *layout.points[p.name], layout.device) if p.name in slots else None
-        for p in op.points
-    ]
-    return Fused.apply(op, kernels, slots, layout, *inputs, *leaves)
+
+    def is_reached(what: str | int) -> bool:
+        return any(getattr(inputs[i], "requires_grad", False) for i in layout.sources[what])
+
+    leaves: list[torch.Tensor | None] = [None] * len(op.points)
+    for i, (name, slot) in enumerate((p.name, slots.get(p.name)) for p in op.points) if slots else ():
+        if slot is not None:
+            if not is_reached(name):
+                raise no_grad(op.name, name)
+            leaves[i] = slot.bind(op.name, *layout.points[name], layout.device)
+    outputs = Fused.apply(op, kernels, slots, layout, *inputs, *leaves)
+    if len(layout.outputs) == 1:
+        return outputs
+    # One requires grad if what it is made of does, as in eager.
+    return tuple(y.detach() if y.requires_grad and not is_reached(i) else y for i, y in enumerate(outputs))
 
 
 def kernels_can(*dys: torch.Tensor | None, readable: Callable[[torch.Tensor], bool] = dispatch.plain) -> bool:

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from retainops import registry
 from retainops.dispatch import run
 from retainops.ops import _fused
 from retainops.ops._check import refuses_dtypes
 from retainops.ops._rope import WIDEST, Rope, check
-from retainops.points import no_grad
-from retainops.registry import Op, Point, PointInfo
+from retainops.registry import Point, PointInfo
 from retainops.retained import Retained
-from retainops.slots import Slot
 
 Tensor = torch.Tensor
 
@@ -117,28 +113,16 @@ def _traffic(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *_: Any) -> tuple[i
     return once, once, sizes[0]
 
 
-def _start(inputs: tuple[Any, ...], slots: Mapping[str, Slot]) -> tuple[Tensor, ...]:
-    """An output requires grad if what it is made of does, as in eager; else nothing of it can be retained."""
-    needed = {"q_rot": inputs[0].requires_grad, "k_rot": inputs[1].requires_grad}
-    for name, need in needed.items():
-        if name in slots and not need:
-            raise no_grad("rope", name)
-    outputs = _fused.launch(ROPE, KERNELS, inputs, slots)
-    return tuple(y if need else y.detach() for y, need in zip(outputs, needed.values(), strict=True))
-
-
-KERNELS = Rope()
-ROPE = Op(
+ROPE = _fused.register(
+    Rope(),
     name="rope",
     call=rope,
     formula="q and k, each pair (a, b) turned: (a cos - b sin, b cos + a sin)",
     points=(PointInfo("q_rot", "q, turned", "of q"), PointInfo("k_rot", "k, turned", "of k")),
     reference=rope_reference,
-    launch=_start,
     refuses=_refuses,
     sample=_sample,
     traffic=_traffic,
     constants=(2, 3),
     kind="row",
 )
-registry.register(ROPE)
