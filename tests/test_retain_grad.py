@@ -261,3 +261,19 @@ def test_torch_func_raises_as_retain_grad_does(path: Path, ab: tuple) -> None:
     for f in (eager, lambda a: ro.mul_sin(a, b, retain=ro.Retained("c")).sum()):
         with pytest.raises(RuntimeError):
             torch.func.grad(f)(a)
+
+
+def test_a_second_backward_past_a_slot(path: Path) -> None:
+    """Softmax keeps its result for backward; a slot gets what an identity behind that result would."""
+    x = torch.tensor([[0.3, -0.5, 1.0, 0.2]], dtype=torch.float64, device=path.device)
+    kept = ro.Retained("p")
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    p = torch.softmax(theirs, -1)
+    behind = p.view_as(p)
+    behind.retain_grad()
+    for y, inp in ((ro.softmax(ours, retain=kept), ours), (behind, theirs)):
+        (dx,) = torch.autograd.grad((y**3).sum(), inp, create_graph=True)
+        behind.grad = None
+        dx.square().sum().backward()
+    assert_near(ours.grad, theirs.grad)
+    assert_near(kept.p.grad.detach(), behind.grad.detach())
