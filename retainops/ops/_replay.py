@@ -58,12 +58,13 @@ def backward(
 ) -> list[Tensor | None]:
     """kernels.backward(op, inputs, dys, needed, slots, leaves), as of a forward with this plan."""
     device = _launch.current(layout.device)
-    wants = [(name, slots[name].want) for name in leaves]
-    known = all(want is None or isinstance(want, Stats) for _, want in wants)  # others keep answers of their own
+    wants = [slots[name].want for name in leaves]
+    known = all(want is None or isinstance(want, Stats) for want in wants)  # others keep answers of their own
     if device is None or not known or len(set(slots.values())) < len(slots):
         return kernels.backward(op, inputs, dys, needed, slots, leaves)
     count, given = len(inputs), (*inputs, *dys)
-    key = (kernels, device, layout, needed, *wants, *map(sign, given))
+    asked = [(want.names, want.over, want.grad) if isinstance(want, Stats) else None for want in wants]
+    key = (kernels, device, layout, needed, *leaves, *asked, *map(sign, given))
 
     def do(*given: Any) -> list[Tensor | None]:
         return kernels.backward(op, given[:count], given[count:], needed, slots, leaves)
