@@ -43,7 +43,8 @@ def forward(kernels: Any, inputs: Sequence[Any], layout: Plan) -> tuple[Tensor |
         return kernels.forward(inputs, layout)
     # The plan stands for all of a tensor's layout but its alignment.
     signs = [x.data_ptr() % ALIGNED if isinstance(x, Tensor) else sign_of_other(x) for x in inputs]
-    return replayed((kernels, device, layout, *signs), lambda *given: kernels.forward(given, layout), inputs)
+    key = (kernels, maths_of(kernels), device, layout, *signs)
+    return replayed(key, lambda *given: kernels.forward(given, layout), inputs)
 
 
 def backward(
@@ -64,7 +65,7 @@ def backward(
         return kernels.backward(op, inputs, dys, needed, slots, leaves)
     count, given = len(inputs), (*inputs, *dys)
     asked = [(want.names, want.over, want.grad) if isinstance(want, Stats) else None for want in wants]
-    key = (kernels, device, layout, needed, *leaves, *asked, *map(sign, given))
+    key = (kernels, maths_of(kernels), device, layout, needed, *leaves, *asked, *map(sign, given))
 
     def do(*given: Any) -> list[Tensor | None]:
         return kernels.backward(op, given[:count], given[count:], needed, slots, leaves)
@@ -105,6 +106,11 @@ def replayed(
             _known.clear()
         _known[key] = SEEN
     return results
+
+
+def maths_of(kernels: Any) -> Any:
+    """What makes the functions of an elementwise op: whoever tries others puts them in its place."""
+    return getattr(kernels, "maths", None)
 
 
 def sign(x: Any) -> Hashable:
