@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import inspect
 import numbers
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -208,6 +209,9 @@ def requested(op: Op, inputs: tuple[Any, ...], retain: Retained) -> Mapping[str,
     tensors = [x for x in inputs if isinstance(x, torch.Tensor)]
     if not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
         raise no_grad(op.name, next(iter(retain)))
+    for p in op.points:
+        if p.inputs is not None and p.name in retain and not p.requires_grad(inputs):
+            raise no_grad(op.name, p.name, _named_inputs(op, p.inputs))
     for slot in retain.values():
         if isinstance(slot.want, Into) and any(share_memory(slot.want.buffer, t) for t in tensors):
             raise ValueError(
@@ -215,6 +219,11 @@ def requested(op: Op, inputs: tuple[Any, ...], retain: Retained) -> Mapping[str,
                 "still reads; pass a buffer of its own"
             )
     return retain
+
+
+def _named_inputs(op: Op, places: Sequence[int]) -> str:
+    names = list(inspect.signature(op.reference).parameters)
+    return ", ".join(names[i] for i in places)
 
 
 def explain(op: Callable[..., Any] | str, *inputs: Any) -> str:

@@ -112,8 +112,9 @@ def retain(model: nn.Module, what: Patterns = "*", want: Want = None) -> Iterato
 
     The points are every `ro.nn.Point` by its module's path ("layers.0.act"), and every point of an op held by a module
     by path and name ("layers.0.sine.c"); `ro.points(model)` lists them. Run forward inside the `with`; backward may
-    come after it. A module that is called without grad is left alone. The model may be compiled, before or inside: each
-    different set of points is one more graph (`torch._dynamo.config.recompile_limit`), kept for the next time.
+    come after it. A module that is called without grad is left alone, and so is a point that no gradient reaches, as
+    xhat of a norm of data. The model may be compiled, before or inside: each different set of points is one more graph
+    (`torch._dynamo.config.recompile_limit`), kept for the next time.
 
     Args:
         model: any module; requests are held by its own modules alone, so other models see nothing. Threads that run

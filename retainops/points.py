@@ -144,11 +144,12 @@ def point(x: torch.Tensor, name: str, *, retain: Retained | None = None) -> torc
     return x if slot is None else tap("point", slot, x)
 
 
-def no_grad(op: str, name: str) -> RuntimeError:
-    """The error for a point that no gradient reaches, in retain_grad's own words."""
+def no_grad(op: str, name: str, of: str = "") -> RuntimeError:
+    """The error for a point that no gradient reaches, in retain_grad's own words; `of` says what it is made of."""
     return RuntimeError(
-        f"{op}: can't retain_grad on point '{name}': can't retain_grad on Tensor that has requires_grad=False. None of "
-        "the inputs requires grad, or grad mode is off; call requires_grad_() on an input, or leave out retain="
+        f"{op}: can't retain_grad on point '{name}': can't retain_grad on Tensor that has requires_grad=False. Nothing "
+        f"that {name} depends on{of and f' ({of})'} requires grad, or grad mode is off; call requires_grad_() on an "
+        "input of it, or leave out retain="
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +20,18 @@ class PointInfo:
         name: as in `Retained(name)`.
         formula: the value, in the symbols of the op's page, reference and kernel.
         shape: in words, such as "broadcast of a and b".
+        inputs: places of the op's inputs that it is made of, of which one must require grad; None: of all of them.
     """
 
     name: str
     formula: str
     shape: str
+    inputs: tuple[int, ...] | None = None
+
+    def requires_grad(self, inputs: Sequence[Any]) -> bool:
+        """Whether the point of these inputs of the op requires grad, where grad mode is on."""
+        of = inputs if self.inputs is None else [inputs[i] for i in self.inputs if i < len(inputs)]
+        return any(isinstance(x, torch.Tensor) and x.requires_grad for x in of)
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,8 @@ def record(call: Callable[..., torch.Tensor], traced: Traced, generated: Generat
         call=call,
         formula=generated.formulas[""],
         points=tuple(
-            PointInfo(name, generated.formulas[name], _shape(traced, node)) for name, node in traced.names.items()
+            PointInfo(name, generated.formulas[name], _shape(traced, node), inputs=tuple(_sources(traced, node)))
+            for name, node in traced.names.items()
         ),
         reference=reference,
         launch=launch,
@@ -93,18 +94,20 @@ def _is_idle(x: Any, place: int, generated: Generated) -> bool:
     return isinstance(x, torch.Tensor) and x.requires_grad and place not in generated.graded
 
 
-def _sources(traced: Traced, node: Node) -> list[int]:
+def _sources(traced: Traced, node: Node, differentiably: bool = True) -> list[int]:
     """Places of the parameters that a node depends on."""
     needed = {node}
     for other in reversed(traced.steps):
         if other in needed:
-            needed.update(x for x in other.meta["step"].operands if isinstance(x, Node))
+            step = other.meta["step"]
+            pairs = zip(step.operands, step.grads, strict=True)
+            needed.update(x for x, grad in pairs if isinstance(x, Node) and (grad is not None or not differentiably))
     return [i for i, source in enumerate(traced.inputs) if source in needed]
 
 
 def _shape(traced: Traced, node: Node) -> str:
     """The shape of a node, in words."""
-    *names, last = (traced.parameters[i].name for i in _sources(traced, node))
+    *names, last = (traced.parameters[i].name for i in _sources(traced, node, differentiably=False))
     return f"broadcast of {', '.join(names)} and {last}" if names else f"of {last}"
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from retainops.nn.point import HoldsPoints, gradients_reach
+from retainops.nn.point import HoldsPoints
 from retainops.ops.group_norm import GROUP_NORM
 from retainops.ops.norm import ADD_LAYER_NORM, ADD_RMS_NORM, LAYER_NORM, RMS_NORM
 from retainops.ops.softmax import LOG_SOFTMAX, SOFTMAX
@@ -28,9 +28,7 @@ class Norm(HoldsPoints):
         return self.norm_of(self.op, x)
 
     def norm_of(self, op: Op, *xs: Tensor) -> Any:
-        inputs = *xs, *self.arguments(xs[-1])
-        # The points are made of the xs alone: where these have no gradient, as in a first layer, nor have they.
-        return self.call(*inputs, op=op) if gradients_reach(*xs) else op.call(*inputs)
+        return self.call(*xs, *self.arguments(xs[-1]), op=op)
 
 
 class OfSum(Norm):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -58,7 +59,7 @@ class HoldsPoints(nn.Module):
             self.__dict__["_requests"] = tuple(other for other in self._requests if other is not request)
 
     def call(self, *inputs: Any, op: Op | None = None) -> torch.Tensor:
-        """The op of these inputs, with the points that are asked for. Without grad nothing is kept, and no error.
+        """The op of these inputs, with the points that are asked for. Where no gradient comes nothing is kept.
 
         Args:
             *inputs: as the op's reference takes them.
@@ -105,10 +106,12 @@ class Point(HoldsPoints):
 
 
 def call(op: Op, inputs: tuple[Any, ...], requests: tuple[Retained, ...]) -> torch.Tensor:
-    """The op of these inputs, for each of these requests. Without grad nothing is kept, and no error."""
+    """The op of these inputs, for each of these requests. Where no gradient comes nothing is kept, and no error."""
     if not requests or not gradients_reach(*inputs):
         return op.call(*inputs)
-    mine = [r for r in [_of_op(op, request) for request in requests] if r is not None]
+    # A weight may require grad where the data does not, as in a first layer: then points made of the data have none.
+    names = [p.name for p in op.points if p.requires_grad(inputs)]
+    mine = [r for r in [_part_of(request, names) for request in requests] if r is not None]
     if not mine:
         return op.call(*inputs)
     if len(mine) == 1:
@@ -125,9 +128,9 @@ def tapped(op: str, name: str, value: torch.Tensor, requests: tuple[Retained, ..
     return value
 
 
-def _of_op(op: Op, request: Retained) -> Retained | None:
-    """The part of a request that is for an op's points."""
-    mine = {p.name: request[p.name] for p in op.points if p.name in request}
+def _part_of(request: Retained, names: Sequence[str]) -> Retained | None:
+    """The part of a request that is for points of these names."""
+    mine = {name: request[name] for name in names if name in request}
     if len(mine) == len(request):
         return request
     return Retained.of(mine) if mine else None

@@ -265,8 +265,8 @@ def _maths(name: str, narrow: bool = False) -> Maths:
     return functools.partial(functions_of, "chains", f"{name}_forward", f"{name}_backward", narrow=narrow)
 
 
-def _of(x: str, **interiors: str) -> list[PointInfo]:
-    return [PointInfo(name, formula, f"of {x}") for name, formula in interiors.items()]
+def _of(x: str, inputs: tuple[int, ...] | None = None, /, **interiors: str) -> list[PointInfo]:
+    return [PointInfo(name, formula, f"of {x}", inputs) for name, formula in interiors.items()]
 
 
 SOFTCAP = pointwise(
@@ -284,7 +284,7 @@ SCALE_SHIFT = pointwise(
     scale_shift_reference,
     Pointwise(_maths("scale_shift"), grads=3, unread=(2,), equal={2: DY}),
     name="scale_shift",
-    points=_of("x and scale, broadcast", scaled="x * (1 + scale)"),
+    points=_of("x and scale, broadcast", (0, 1), scaled="x * (1 + scale)"),
     sample=normal(3),
 )
 SQUARED_RELU = pointwise(
@@ -311,7 +311,7 @@ BIAS_DROPOUT_ADD = pointwise(
     bias_dropout_add_reference,
     BiasDropoutAdd(_maths("bias_dropout_add"), grads=3, unread=(0, 1, 2), equal={1: 0, 2: DY}),
     name="bias_dropout_add",
-    points=_of("x and bias, broadcast", biased="x + bias", dropped="dropout(biased)"),
+    points=_of("x and bias, broadcast", (0, 1), biased="x + bias", dropped="dropout(biased)"),
     sample=_sample_with_seed,
     refuses=lambda x, bias, residual, p, seed: refuses_dtypes(x, bias, residual),
 )

@@ -185,8 +185,8 @@ CROSS_ENTROPY = _fused.register(
     call=cross_entropy,
     formula="-log softmax(logits)[target]",
     points=(
-        PointInfo("logits", "softcap(logits)", "of logits"),
-        PointInfo("p", "softmax(logits)", "of logits"),
+        PointInfo("logits", "softcap(logits)", "of logits", inputs=(0,)),
+        PointInfo("p", "softmax(logits)", "of logits", inputs=(0,)),
     ),
     reference=cross_entropy_reference,
     refuses=_refuses,

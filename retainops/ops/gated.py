@@ -174,7 +174,7 @@ def _gated(name: str, unary: str) -> Op:
         reference,
         Pointwise(_maths("gated", name, unary), grads=2, narrow=_maths("gated", name, unary, narrow=True)),
         name=name,
-        points=[PointInfo("act", formula, "of gate")],
+        points=[PointInfo("act", formula, "of gate", inputs=(0,))],
         sample=normal(2),
     )
 

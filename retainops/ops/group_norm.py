@@ -102,7 +102,7 @@ GROUP_NORM = _fused.register(
     name="group_norm",
     call=group_norm,
     formula="xhat * weight + bias",
-    points=(PointInfo("xhat", "(x - mean(x)) / sqrt(var(x) + eps)", "of x"),),
+    points=(PointInfo("xhat", "(x - mean(x)) / sqrt(var(x) + eps)", "of x", inputs=(0,)),),
     reference=group_norm_reference,
     refuses=_refuses,
     sample=_sample,

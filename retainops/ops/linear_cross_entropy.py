@@ -23,7 +23,7 @@ from retainops.ops._check_classes import (
 from retainops.ops._cross_entropy import Options
 from retainops.ops._linear_cross_entropy import LinearCrossEntropy
 from retainops.ops.cross_entropy import loss_reference, softcapped
-from retainops.points import no_grad, unretained
+from retainops.points import unretained
 from retainops.registry import PointInfo
 from retainops.retained import Retained
 
@@ -84,8 +84,6 @@ def linear_cross_entropy(
     inputs = (x, weight, target, bias, class_weight, *options, chunk)
     if torch.compiler.is_compiling():
         return _blocks_compiled.call(LINEAR_CROSS_ENTROPY, *inputs[:5], options, chunk, retain)
-    if retain is not None and isinstance(retain, Retained) and "x" in retain and not x.requires_grad:
-        raise no_grad("linear_cross_entropy", "x")
     if backend_name() != "triton" and why_reference(LINEAR_CROSS_ENTROPY, inputs) and _in_blocks(inputs):
         slots = {} if retain is None else requested(LINEAR_CROSS_ENTROPY, inputs, retain)
         return _fused.launch(LINEAR_CROSS_ENTROPY, IN_TORCH, inputs, slots)
@@ -166,8 +164,8 @@ LINEAR_CROSS_ENTROPY = _fused.register(
     call=linear_cross_entropy,
     formula="cross_entropy(x @ weight.T + bias, target)",
     points=(
-        PointInfo("x", "x", "of x"),
-        PointInfo("logits", "softcap(x @ weight.T + bias)", "(..., V)"),
+        PointInfo("x", "x", "of x", inputs=(0,)),
+        PointInfo("logits", "softcap(x @ weight.T + bias)", "(..., V)", inputs=(0, 1, 3)),
     ),
     reference=linear_cross_entropy_reference,
     refuses=_refuses,

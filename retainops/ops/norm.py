@@ -199,12 +199,13 @@ def _mean(x: Tensor) -> Tensor:
 
 
 def _register(call: Any, formula: str, reference: Any, norm: Norm, **interiors: str) -> Op:
+    made_of = (0, 1) if norm.residual else (0,)
     return _fused.register(
         norm,
         name=call.__name__,
         call=call,
         formula=formula,
-        points=tuple(PointInfo(name, value, "of x") for name, value in interiors.items()),
+        points=tuple(PointInfo(name, value, "of x", inputs=made_of) for name, value in interiors.items()),
         reference=reference,
         refuses=functools.partial(_refuses, norm),
         sample=functools.partial(_sample, norm),

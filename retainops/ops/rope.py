@@ -118,7 +118,10 @@ ROPE = _fused.register(
     name="rope",
     call=rope,
     formula="q and k, each pair (a, b) turned: (a cos - b sin, b cos + a sin)",
-    points=(PointInfo("q_rot", "q, turned", "of q"), PointInfo("k_rot", "k, turned", "of k")),
+    points=(
+        PointInfo("q_rot", "q, turned", "of q", inputs=(0, 2, 3)),
+        PointInfo("k_rot", "k, turned", "of k", inputs=(1, 2, 3)),
+    ),
     reference=rope_reference,
     refuses=_refuses,
     sample=_sample,
