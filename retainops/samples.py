@@ -21,7 +21,9 @@ def per_sample_norms(kept: Slot | Retained) -> torch.Tensor | dict[str, torch.Te
     No gradient is stored for it: a backward kernel leaves one number a row, and a sample's are put together here.
 
     Args:
-        kept: a slot of shape (samples, ..., n) whose backward has run; or a request, for all its slots.
+        kept: a slot of shape (samples, ..., n) whose backward has run; or a request, for all its slots. The first dim
+            is taken for that of the samples: of a point of (batch * tokens, n) each token would be one, so give the op
+            a tensor of (batch, tokens, n).
 
     Returns:
         (samples,), float32 (float64 for float64 gradients): sqrt(sum of the squares of a sample's gradient). It is of

@@ -18,8 +18,9 @@ PATH = "lm_loss"
 class LMLoss(HoldsPoints):
     """The cross entropy of a language model's logits; its points are logits and p.
 
-    It is called as transformers calls a `loss_function`. The logits are not copied to float32 first; the loss is of
-    that dtype all the same.
+    It is called as transformers calls a `loss_function`, which flattens the batch; the points have the shape of the
+    logits as the model gives them, (batch, tokens, V), where the labels are (batch, tokens). The logits are not copied
+    to float32 first; the loss is of that dtype all the same.
 
     Attributes:
         replaces: the function.
@@ -45,8 +46,9 @@ class LMLoss(HoldsPoints):
     ) -> torch.Tensor:
         if self.shifts:
             labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:] if shift_labels is None else shift_labels
-        labels = labels.reshape(-1).to(logits.device)
-        logits = logits.reshape(-1, vocab_size)
+        labels = labels.to(logits.device).contiguous()
+        if logits.shape != (*labels.shape, vocab_size):  # else the points keep the batch apart, for norms of samples
+            labels, logits = labels.reshape(-1), logits.reshape(-1, vocab_size)
         logits = logits.float() if logits.dtype is torch.float64 else logits
         reduction = "mean" if num_items_in_batch is None else "sum"
         # Under autocast the op's loss is float32, whatever the logits are; it holds no product that would be narrowed.

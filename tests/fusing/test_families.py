@@ -111,7 +111,7 @@ class Eager:
     def grad(self, model: nn.Module, name: str) -> torch.Tensor:
         path, _, point = name.rpartition(".")
         if path == "lm_loss":
-            return self.values["logits"].grad.flatten(0, 1)
+            return self.values["logits"].grad
         if point in ("q_rot", "k_rot"):
             layer = int(path.split(".layers.")[1].split(".")[0])
             return self.turned[layer][point == "k_rot"].grad

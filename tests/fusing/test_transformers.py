@@ -101,6 +101,32 @@ def test_the_loss(options: dict[str, Any], dtype: torch.dtype) -> None:
     torch.testing.assert_close(results[1][1], results[0][1], rtol=4 * torch.finfo(dtype).eps, atol=1e-7)
 
 
+def test_points_of_the_loss_keep_the_batch_apart() -> None:
+    """transformers' own loss flattens it, and a norm of a row would pass for one of a sample."""
+    model, inputs = make("llama")
+    logits = model(**inputs).logits
+    logits.retain_grad()
+    model.loss_function(logits=logits, labels=inputs["labels"], vocab_size=model.config.vocab_size).backward()
+    ro.fuse(model)
+    with ro.retain(model, "lm_loss.*", ro.Stats("l2", over="rows", grad=True)) as kept:
+        model(**inputs).loss.backward()
+    assert kept["lm_loss.logits"].shape == kept["lm_loss.p"].shape == logits.shape
+    torch.testing.assert_close(kept["lm_loss.logits"].grad, logits.grad)
+    torch.testing.assert_close(ro.per_sample_norms(kept)["lm_loss.logits"], logits.grad.flatten(1).norm(dim=1))
+
+
+def test_a_loss_of_flattened_labels_is_the_same() -> None:
+    model, inputs = make("llama")
+    shifted = torch.nn.functional.pad(inputs["labels"], (0, 1), value=-100)[:, 1:]
+    model.eval()
+    expected = model(**inputs).loss
+    ro.fuse(model)
+    for labels in (shifted, shifted.flatten()):
+        with ro.retain(model, "lm_loss.logits") as kept:
+            torch.testing.assert_close(model(**inputs, shift_labels=labels).loss, expected)
+        assert kept["lm_loss.logits"].shape[:-1] == labels.shape
+
+
 def test_a_loss_of_the_users_stays() -> None:
     def mine(logits: torch.Tensor, **_: Any) -> torch.Tensor:
         return logits.square().sum()
