@@ -20,6 +20,7 @@ import torch
 from torch.autograd import forward_ad
 
 from retainops.buffers import Into, share_memory
+from retainops.names import near
 from retainops.part import Part
 from retainops.points import no_grad, reader
 from retainops.registry import Op, find
@@ -188,7 +189,8 @@ def requested(op: Op, inputs: tuple[Any, ...], retain: Retained) -> Mapping[str,
     names = [p.name for p in op.points]
     for name in retain:
         if name not in names:
-            raise KeyError(f"{op.name}: unknown point '{name}'; its points are: {', '.join(names)}")
+            there = f"its points are: {', '.join(names)}{_meant(op, name, names)}"
+            raise KeyError(f"{op.name}: unknown point '{name}'; {there}")
     if op.kind != "attention":
         for slot in retain.values():
             want = slot.want
@@ -219,6 +221,14 @@ def requested(op: Op, inputs: tuple[Any, ...], retain: Retained) -> Mapping[str,
                 "still reads; pass a buffer of its own"
             )
     return retain
+
+
+def _meant(op: Op, name: str, names: list[str]) -> str:
+    if torch.compiler.is_compiling():  # signatures are nothing Dynamo can trace
+        return ""
+    if name in inspect.signature(op.reference).parameters:
+        return f"; {name} is an input: after backward its gradient is {name}.grad, if it requires grad"
+    return near(name, names)
 
 
 def _named_inputs(op: Op, places: Sequence[int]) -> str:

@@ -12,13 +12,14 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from retainops.buffers import Into
+from retainops.names import listed, near
 from retainops.nn.guests import Holder, holders
 from retainops.part import Part
 from retainops.points import PointTable
 from retainops.points import points as points_of_op
 from retainops.registry import PointInfo
 from retainops.relevance import Relevance
-from retainops.retained import Retained, aligned, listed
+from retainops.retained import Retained, aligned
 from retainops.slots import Slot, Want
 from retainops.stats import Stats
 
@@ -258,7 +259,7 @@ def _choose(who: str, names: list[str], matchers: list[Matcher]) -> dict[str, Wa
     for pattern, matches, want in matchers:
         chosen = [name for name in names if matches(name)]
         if not chosen:
-            raise KeyError(f"{who}: '{pattern}' matches no point; there are: {listed(names)}")
+            raise KeyError(f"{who}: '{pattern}' matches no point; there are: {listed(names)}{_meant(pattern, names)}")
         if isinstance(want, Into) and len(chosen) > 1:
             raise ValueError(
                 f"{who}: one Into buffer for {listed(chosen)}; give each name its own: "
@@ -266,3 +267,9 @@ def _choose(who: str, names: list[str], matchers: list[Matcher]) -> dict[str, Wa
             )
         wants.update(dict.fromkeys(chosen, want))
     return wants
+
+
+def _meant(pattern: str, names: list[str]) -> str:
+    if any(fnmatch.fnmatchcase(name, f"*.{pattern}") for name in names):
+        return f"; a pattern matches the whole name: '*.{pattern}' matches some"
+    return near(pattern, names)

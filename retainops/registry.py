@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from retainops.names import near
+
 Point = Callable[[str, torch.Tensor], torch.Tensor]
 """What a reference calls at its interior values: `c = point("c", a * b)`; it returns the value itself."""
 
@@ -68,6 +70,7 @@ class Op:
 
 
 _ops: dict[str, Op] = {}
+_aliases: list[tuple[str | Callable[..., Any], str]] = []
 
 
 def register(op: Op) -> Op:
@@ -75,6 +78,11 @@ def register(op: Op) -> Op:
     assert op.name not in _ops, op.name
     _ops[op.name] = op
     return op
+
+
+def alias(name: str, *others: str | Callable[..., Any]) -> None:
+    """Let `find` take other names and functions for the op of this name."""
+    _aliases.extend((other, name) for other in others)
 
 
 def ops() -> Iterator[Op]:
@@ -95,4 +103,8 @@ def find(op: Op | str | Callable[..., Any]) -> Op:
     for record in _ops.values():
         if op is record or op == record.name or op is record.call:
             return record
-    raise KeyError(f"{getattr(op, '__name__', op)!r} is not an op of retainops; there are: {', '.join(_ops)}")
+    for other, name in _aliases:
+        if op is other or op == other:
+            return _ops[name]
+    wrong = getattr(op, "__name__", str(op))
+    raise KeyError(f"{wrong!r} is not an op of retainops{near(wrong, _ops) or '; there are: ' + ', '.join(_ops)}")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence, ValuesView
+from collections.abc import Iterator, Mapping, Sequence, ValuesView
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 import torch
 
 from retainops.buffers import Into
+from retainops.names import listed, near
 from retainops.part import Part
 from retainops.ranks import all_reduce
 from retainops.relevance import Relevance
@@ -68,13 +69,17 @@ class Retained(Mapping[str, Slot]):
         try:
             return self._slots[name]
         except KeyError:
-            raise KeyError(f"no point '{name}' was retained; there are: {', '.join(self._slots)}") from None
+            raise KeyError(
+                f"no point '{name}' was retained; there are: {listed(self._slots)}{near(str(name), self._slots)}"
+            ) from None
 
     def __getattr__(self, name: str) -> Slot:
         if not name.startswith("_") and name in self._slots:
             return self._slots[name]
-        retained = ", ".join(self.__dict__.get("_slots", ()))
-        raise AttributeError(f"Retained has no attribute or point '{name}'; retained points: {retained}")
+        slots = {} if name.startswith("_") else self.__dict__.get("_slots", {})  # not while a copy is being made
+        dotted = next((each for each in slots if each.startswith(f"{name}.")), None)
+        meant = near(name, slots) if dotted is None else f"; a name with dots goes in brackets: kept['{dotted}']"
+        raise AttributeError(f"Retained has no attribute or point '{name}'; retained points: {listed(slots)}{meant}")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._slots)
@@ -185,10 +190,3 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
     return ["  " + line.rstrip() for line in lines]
-
-
-def listed(names: Iterable[str], most: int = 20) -> str:
-    """Names with commas between, the rest of a long list as a count."""
-    names = list(names)
-    more = len(names) - most
-    return ", ".join(names[:most]) + (f", ... and {more} more" if more > 0 else "")

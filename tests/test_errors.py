@@ -18,6 +18,8 @@ def a(path: Path) -> torch.Tensor:
 
 def test_unknown_point(path: Path, a: torch.Tensor) -> None:
     kept = ro.Retained("d")
+    with pytest.raises(KeyError, match=r"points are: c; a is an input: after backward its gradient is a\.grad"):
+        ro.mul_sin(a, a, retain=ro.Retained("a"))
     with pytest.raises(KeyError, match="mul_sin: unknown point 'd'; its points are: c"):
         ro.mul_sin(a, a, retain=kept)
     assert kept.d.shape is None

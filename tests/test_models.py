@@ -251,7 +251,11 @@ def test_the_points_of_a_model() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        (("layer.*",), KeyError, "'layer.\\*' matches no point; there are: layers.0.act, layers.0.sine.c, .*, out"),
+        (
+            ("layer.*",),
+            KeyError,
+            "'layer.\\*' matches no point; there are: layers.\\*.act, layers.\\*.sine.c, out; did you",
+        ),
         ((["out", "nope"],), KeyError, "'nope' matches no point"),
         ((lambda name: False,), KeyError, "'<lambda>' matches no point; there are"),
         (({"out": None, "nope": None},), KeyError, "'nope' matches no point"),
@@ -277,6 +281,17 @@ def test_requests_that_make_no_sense(arguments: tuple, error: type, message: str
 def test_a_long_list_of_names_is_shortened() -> None:
     model = nn.Sequential(*(ro.nn.Point() for _ in range(23)))
     with pytest.raises(KeyError, match=r"there are: 0, 1, .*, 19, \.\.\. and 3 more"), ro.retain(model, "x"):
+        pass
+
+
+def test_what_a_wrong_pattern_may_have_meant() -> None:
+    layers = nn.ModuleList(nn.ModuleDict({"mlp": ro.nn.GatedMLP(2, 4)}) for _ in range(12))
+    model = nn.ModuleDict({"layers": layers})
+    there = r"there are: layers\.\*\.mlp\.gate, layers\.\*\.mlp\.up, layers\.\*\.mlp\.act; "
+    whole = r"a pattern matches the whole name: '\*\.mlp\.act' matches some"
+    with pytest.raises(KeyError, match=there + whole), ro.retain(model, "mlp.act"):
+        pass
+    with pytest.raises(KeyError, match=r"did you mean 'layers\.\*\.mlp\.act'"), ro.retain(model, "layers.*.mpl.act"):
         pass
 
 

@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [
     "kernels",
     "_version",
+    "names",
     "relevance",
     "part",
     "shards",

@@ -192,7 +192,15 @@ def test_environment_variable(value: str, says: str) -> None:
     assert says in done.stdout + done.stderr
 
 
+def test_other_names_of_an_op() -> None:
+    assert repr(ro.points(ro.siren)) == repr(ro.points("siren")) == repr(ro.points(ro.mul_sin))
+    assert repr(ro.points(ro.bias_gelu)) == repr(ro.points("bias_gelu")) == repr(ro.points(ro.add_gelu))
+    assert ro.explain(ro.siren, torch.ones(1), 30.0).startswith("mul_sin takes the reference path: ")
+
+
 def test_explain_of_something_else() -> None:
-    with pytest.raises(KeyError, match="'relu' is not an op of retainops; there are: .*mul_sin"):
+    with pytest.raises(KeyError, match="'relu' is not an op of retainops; did you mean '(reglu|.*_relu)'"):
         ro.explain(torch.relu, torch.ones(1))
+    with pytest.raises(KeyError, match="'einsum' is not an op of retainops; there are: .*mul_sin"):
+        ro.explain(torch.einsum, torch.ones(1))
     assert repr(ro.points(ro.mul_sin)) == "mul_sin: sin(a * b)\n  c = a * b   (broadcast of a and b)"

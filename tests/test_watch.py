@@ -478,7 +478,7 @@ def test_two_models_have_a_watcher_each() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"patterns": "nope"}, KeyError, "watch: 'nope' matches no point; there are: layers.0.act"),
+        ({"patterns": "nope"}, KeyError, "watch: 'nope' matches no point; there are: layers.\\*.act"),
         ({"stats": None}, TypeError, r'watch: a want is NoneType; expected Stats, such as Stats\("l2", "nonfinite"\)'),
         ({"stats": "l2"}, TypeError, "watch: a want is str"),
         ({"patterns": {"out": None}}, TypeError, "watch: a want is NoneType"),

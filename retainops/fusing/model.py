@@ -15,9 +15,9 @@ from retainops.fusing._code import Site, sites_of
 from retainops.fusing.parts import FUNCTION
 from retainops.fusing.registry import RULES, Change, Part, Rule
 from retainops.fusing.table import Row, Table
+from retainops.names import listed
 from retainops.nn.guests import requests_of
 from retainops.nn.point import HoldsPoints
-from retainops.retained import listed
 
 
 def fuse(model: nn.Module, *, rules: Sequence[Rule | str] | None = None) -> Table:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from retainops.names import NUMBER
 from retainops.retained import aligned
 
 
@@ -61,7 +61,7 @@ class Table(Sequence[Row]):
             return f"{self.title}: nothing that a rule knows"
         alike: dict[Row, list[Row]] = {}
         for row in self:
-            path = re.sub(r"(?<![^.])\d+(?![^.])", "*", row.name)
+            path = NUMBER.sub("*", row.name)
             alike.setdefault(Row(path, row.kind, row.op, row.why), []).append(row)
         lines = []
         for of_all, rows in alike.items():

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from retainops import registry
 from retainops.dispatch import run
 from retainops.ops._check import check_elementwise, check_tensor, refuses_dtypes
 from retainops.ops._pointwise import DY, Maths, Pointwise, functions_of, normal, pointwise
@@ -163,6 +164,9 @@ def siren(x: Tensor, w0: float | Tensor = 30.0, *, retain: Retained | None = Non
     """
     check_elementwise("siren", x=x, w0=w0)
     return FAMILY["mul_sin"](x, w0, retain=retain)
+
+
+registry.alias("mul_sin", "siren", siren)
 
 
 def bias_dropout_add(

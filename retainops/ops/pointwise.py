@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from retainops import registry
 from retainops.dispatch import run
 from retainops.ops._check import check_elementwise
 from retainops.ops._pointwise import Maths, Pointwise, functions_of, normal, pointwise
@@ -125,3 +126,4 @@ def _maths(binary: str, unary: str, narrow: bool = False) -> Maths:
 
 FAMILY = {record.name: record.call for record in (unary_of_binary(o, f) for o in BINARY for f in UNARY)}
 """From the name of each op to its function."""
+registry.alias("add_gelu", "bias_gelu")
