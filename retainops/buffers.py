@@ -50,7 +50,7 @@ class Into:
             raise ValueError(
                 f"{op}: the Into buffer for point '{point}' has shape {tuple(buffer.shape)}, {buffer.dtype}, on "
                 f"{buffer.device}; expected shape {tuple(shape)}, {dtype}, on {device}"
-                + ("" if dtype == torch.float64 else " (or torch.float32)")
+                + ("" if dtype in (torch.float32, torch.float64) else " (or torch.float32)")
             )
 
     def __repr__(self) -> str:

@@ -21,13 +21,10 @@ from torch.autograd import forward_ad
 
 from retainops.buffers import Into, share_memory
 from retainops.names import near
-from retainops.part import Part
 from retainops.points import no_grad, reader
 from retainops.registry import Op, find
-from retainops.relevance import Relevance
 from retainops.retained import Retained
-from retainops.slots import Slot
-from retainops.stats import OVER_OF_ATTENTION
+from retainops.slots import Slot, is_of_attention
 
 BACKENDS = ("auto", "triton", "reference")
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -196,7 +193,7 @@ def requested(op: Op, inputs: tuple[Any, ...], retain: Retained) -> Mapping[str,
             want = slot.want
             if want is None:
                 continue
-            if isinstance(want, (Part, Relevance)) or getattr(want, "over", "") in OVER_OF_ATTENTION:
+            if is_of_attention(want):
                 raise ValueError(
                     f"{op.name}: point '{slot.name}' was asked for {want}, which is for points of attention; ask "
                     "for the gradient, or for Stats over the tensor, rows or channels"

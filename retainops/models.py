@@ -20,7 +20,7 @@ from retainops.points import points as points_of_op
 from retainops.registry import PointInfo
 from retainops.relevance import Relevance
 from retainops.retained import Retained, aligned
-from retainops.slots import Slot, Want
+from retainops.slots import Slot, Want, is_of_attention
 from retainops.stats import Stats
 
 # Wrappers are no part of the model: torch.compile's and a checkpoint's. The names are those without them.
@@ -170,10 +170,12 @@ class Asked:
                     'model.set_attn_implementation("retainops")'
                 )
             raise ValueError(
-                f"{who}: {type(_original(model)).__name__} has no points; put ro.nn.Point() where a gradient is "
-                f"wanted, or use modules of retainops.nn such as ro.nn.MulSin{more}"
+                f"{who}: {type(_original(model)).__name__} has no points; call ro.fuse(model), which makes points of "
+                f"what it knows, put ro.nn.Point() where a gradient is wanted, or use modules of retainops.nn{more}"
             )
         wants = _choose(who, list(there), _as_mapping(who, what, want))
+        for name, wanted in wants.items():
+            _check_kind(who, there[name], wanted)
         slots = {name: Slot(name, wants[name]) for name in there if name in wants}
         requests: dict[Holder, dict[str, Slot]] = {}
         for name, slot in slots.items():
@@ -251,6 +253,17 @@ def _check_want(who: str, want: Want) -> None:
         raise TypeError(
             f"{who}: a want is {type(want).__name__}; expected None, Into(buffer) or Stats(...), or of attention "
             "Part(...) or Relevance(...)"
+        )
+
+
+def _check_kind(who: str, point: ModelPoint, want: Want) -> None:
+    """What is for points of attention fails here, where the point is known to be another op's, not in forward."""
+    op = getattr(point.holder, "op", None)
+    if is_of_attention(want) and op is not None and op.kind != "attention" and point.info in op.points:
+        raise ValueError(
+            f"{who}: point '{point.name}' was asked for {want}, which is for points of attention, and it is one of "
+            f"{op.name}; leave it out by the pattern, or ask it for the gradient or for Stats over the tensor, rows or "
+            "channels"
         )
 
 

@@ -20,11 +20,16 @@ from retainops import parcel
 from retainops.buffers import Into
 from retainops.part import Part
 from retainops.relevance import KINDS, Relevance
-from retainops.stats import STATISTICS, TAKE_VALUE, Stats, merge, parts_of, total
+from retainops.stats import OVER_OF_ATTENTION, STATISTICS, TAKE_VALUE, Stats, merge, parts_of, total
 from retainops.stats import Part as PartOfStats
 
 Want = Into | Stats | Part | Relevance | None
 """In what form a point's gradient is wanted; None: as it is."""
+
+
+def is_of_attention(want: Want) -> bool:
+    """Whether no point but one of attention can be wanted in this form."""
+    return isinstance(want, (Part, Relevance)) or getattr(want, "over", "") in OVER_OF_ATTENTION
 
 
 class Answer(NamedTuple):
@@ -109,7 +114,7 @@ class Slot:
         if self._leaf is None:
             raise RuntimeError(
                 f"slot '{self.name}' has no tensor yet: it takes its shape from the first op called with it; "
-                "call the op with retain= first"
+                "call the op with retain= first. (Inside a compiled graph it has none: use backward())"
             )
         return self._leaf
 

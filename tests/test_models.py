@@ -295,8 +295,21 @@ def test_what_a_wrong_pattern_may_have_meant() -> None:
         pass
 
 
+@pytest.mark.parametrize(
+    "want", [ro.Stats("l2", over="heads"), ro.Part(heads=0), ro.Relevance("chefer")], ids=["stats", "part", "relevance"]
+)
+def test_what_is_for_points_of_attention_is_refused_before_forward(want: object) -> None:
+    model = nn.Sequential(ro.nn.LayerNorm(4), ro.nn.Point())
+    with pytest.raises(ValueError, match=r"retain: point '0\.xhat' was asked for .*, and it is one of layer_norm"):
+        ro.retain(model, "*", want).__enter__()
+    assert not requests_in(model)
+    attention = nn.Sequential(ro.nn.MultiheadAttention(8, 2), ro.nn.Point())
+    with ro.retain(attention, "0.p", want):
+        pass
+
+
 def test_models_without_points() -> None:
-    message = r"retain: Linear has no points; put ro.nn.Point\(\) where"
+    message = r"retain: Linear has no points; call ro.fuse\(model\), .* put ro.nn.Point\(\) where"
     with pytest.raises(ValueError, match=message), ro.retain(torch.compile(nn.Linear(2, 2), backend="aot_eager")):
         pass
     with pytest.raises(TypeError, match="retain: model is function; expected a torch.nn.Module"), ro.retain(make):
