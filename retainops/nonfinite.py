@@ -9,6 +9,8 @@ import torch
 from retainops.readings import Reading, Readings
 from retainops.retained import Retained, in_backward_order
 
+FIRST = "nothing before it in backward is watched: the loss, or the weights, may be inf or nan already"
+
 
 class NonFiniteGradient(FloatingPointError):
     """A watched gradient has an inf or a nan.
@@ -29,13 +31,13 @@ class NonFiniteGradient(FloatingPointError):
 
 def first_nonfinite(kept: Retained, readings: Readings) -> tuple[str, str] | None:
     """The first point in the order of backward whose count is not 0, and what to say of it."""
-    order = [name for name in in_backward_order(kept) if "nonfinite" in readings[name]]
+    order = [name for name in in_backward_order(kept) if "nonfinite" in readings.get(name, {})]
     bad = [name for name in order if _count(readings[name]["nonfinite"])]
     if not bad:
         return None
     first, others = bad[0], len(bad) - 1
     place = order.index(first)
-    before = f"that of '{order[place - 1]}', right before it in backward, is finite" if place else ""
+    before = f"that of '{order[place - 1]}', right before it in backward, is finite" if place else FIRST
     after = f"{others} point{'s' * (others > 1)} after it {'have' if others > 1 else 'has'} some too" if others else ""
     rest = "; ".join(part for part in (before, after) if part)
     count = _count(readings[first]["nonfinite"])

@@ -14,7 +14,7 @@ Readings = dict[str, dict[str, Reading]]
 
 
 def read(kept: Retained) -> Readings:
-    """The statistics that have come, point by point; of a gradient kept whole, its l2. Points without any have none.
+    """The statistics that have come, point by point; of a gradient kept whole, its l2. Points without any are left out.
 
     The values of a device are read together: one wait for a GPU, however many points there are. (Statistics of a
     DTensor are put together from all ranks of its mesh first, so all of them must read.)
@@ -27,9 +27,9 @@ def read(kept: Retained) -> Readings:
         for (key, t), own in zip(here.items(), flat.split([t.numel() for t in here.values()]), strict=True):
             own = own.to(t.dtype)  # back to what it was: counts are whole numbers
             values[key] = own.view(t.shape) if t.dim() else own.item()
-    readings: Readings = {name: {} for name in kept}
+    readings: Readings = {}
     for name, what in found:
-        readings[name][what] = values[name, what]
+        readings.setdefault(name, {})[what] = values[name, what]
     return readings
 
 

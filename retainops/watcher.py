@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from os import PathLike
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from torch import nn
 from retainops.models import Asked, Patterns, Want
 from retainops.nonfinite import NonFiniteGradient, first_nonfinite
 from retainops.readings import Readings, read
-from retainops.retained import Retained
+from retainops.retained import Retained, in_backward_order
 from retainops.stats import Stats
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ class Watcher:
         self.number, self.every = start, every
         self.latest: tuple[int, Readings] | None = None
         self._asked, self._sinks, self._on_nonfinite, self._group = asked, sinks, on_nonfinite, group
-        self._begun = self._asking = self._closed = False
+        self._begun = self._asking = self._closed = self._counted = False
         self._handles: list[Any] = []
         self.begin()
 
@@ -83,7 +84,7 @@ class Watcher:
     def _over(self) -> None:
         asking, number = self._asking, self.number
         self.number += 1
-        self._begun = False
+        self._counted, self._begun = True, False
         if asking:
             self._cease()
             try:
@@ -132,6 +133,13 @@ class Watcher:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if kind is None and not self._counted and in_backward_order(self.kept):
+            warnings.warn(
+                "watch: gradients came, and no step was ever counted, so nothing was read; call step() on the watcher "
+                "after each backward(), or attach(optimizer)",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         self.close()
 
     def _cease(self) -> None:
@@ -142,7 +150,7 @@ class Watcher:
         if self._group is not None:
             self.kept.all_reduce(self._group)
         readings = read(self.kept)
-        if not any(readings.values()):
+        if not readings:
             warnings.warn(
                 f"watch: no gradient came to any point in step {number}; is another model or a copy being trained, was "
                 "step() called before backward(), or does the loss not depend on what is watched?",
@@ -184,7 +192,7 @@ def watch(
         stats: what to take of each point.
         every: steps from one that is read to the next.
         to: where readings go: a callable of (step, readings), or several. `readings` is a dict from the name of a point
-            to a dict from statistic to value, a Python number or a tensor on the CPU. See
+            that a gradient came to, to a dict from statistic to value, a Python number or a tensor on the CPU. See
             `retainops.integrations` for `TensorBoard`, `JsonLines` and `LiveTable`.
         on_nonfinite: "raise", "warn" or "ignore", when a statistic "nonfinite" is not 0.
         group: reduce statistics over the ranks of this process group before they are read ("world": the default one),
@@ -219,6 +227,11 @@ def watch(
         raise ValueError(f"watch: every is {every!r}; expected a number of steps, at least 1")
     if on_nonfinite not in ON_NONFINITE:
         raise ValueError(f"watch: on_nonfinite is {on_nonfinite!r}; expected one of {', '.join(ON_NONFINITE)}")
+    if isinstance(to, (str, PathLike)):
+        raise TypeError(
+            f"watch: to is {to!r}; expected a callable of (step, readings), or several: to write to a file, "
+            f"retainops.integrations.jsonl.JsonLines({str(to)!r})"
+        )
     if not callable(to) and not isinstance(to, Iterable):
         raise TypeError(f"watch: to is {type(to).__name__}; expected a callable of (step, readings), or several")
     sinks = (to,) if callable(to) else tuple(to)

@@ -155,14 +155,28 @@ def test_a_step_without_backward_says_so_and_calls_no_sink() -> None:
     assert [step for step, _ in steps] == [2]
 
 
+def test_a_loop_that_counts_no_step_is_told() -> None:
+    model, x = make()
+    with pytest.warns(RuntimeWarning, match="watch: gradients came, and no step was ever counted"), ro.watch(model):
+        model(x).sum().backward()
+    with ro.watch(model, start=1):  # no step to be read
+        model(x).sum().backward()
+
+    def fails() -> None:
+        model(x).sum().backward()
+        raise ValueError("of all things")
+
+    with pytest.raises(ValueError, match="of all things"), ro.watch(model):  # which is enough to be told
+        fails()
+
+
 def test_points_that_no_gradient_came_to_have_no_readings() -> None:
     model, x = make()
     with ro.watch(model) as watcher:
         model.layers[0](x).sum().backward()
         watcher.step()
     _, readings = watcher.latest
-    assert [name for name, of in readings.items() if of] == IN_BLOCKS[:2]
-    assert [name for name, of in readings.items() if not of] == ALL[2:]
+    assert list(readings) == IN_BLOCKS[:2]
 
 
 def test_an_evaluation_between_end_and_begin_is_in_no_step() -> None:
@@ -334,6 +348,8 @@ def test_json_lines(tmp_path: Path) -> None:
     assert rows[0]["l2"] == pytest.approx(oracle(model, x)["layers.0.act"].norm().item())
     assert (rows[0]["nonfinite"], rows[2]["sum"]) == (0, [4.0] * D)
     assert stream.getvalue() == file.read_text()
+    with JsonLines(file) as lines:  # as with the other sinks
+        assert callable(lines)
 
 
 def test_json_lines_of_what_json_has_no_number_for() -> None:
@@ -412,7 +428,8 @@ def test_the_first_point_that_is_not_finite_stops_the_run(after: int, bad: float
 
 def test_or_only_says_so() -> None:
     model, x = Chain(float("nan"), 4), torch.ones(2, 3, requires_grad=True)
-    message = "watch: step 0: the gradient of 'p4' has 1 element that is inf or nan; 4 points after it have some too"
+    message = "watch: step 0: the gradient of 'p4' has 1 element that is inf or nan; nothing before it in backward is "
+    message += "watched: the loss, or the weights, may be inf or nan already; 4 points after it have some too"
     for how in ("warn", "ignore"):
         with ro.watch(model, every=1, on_nonfinite=how) as watcher, warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
@@ -488,6 +505,7 @@ def test_two_models_have_a_watcher_each() -> None:
         ({"every": True}, TypeError, "watch: every is a bool; expected a number of steps, at least 1"),
         ({"start": 1.5}, TypeError, "watch: start is 1.5; expected the number of a step"),
         ({"to": None}, TypeError, r"watch: to is NoneType; expected a callable of \(step, readings\), or several"),
+        ({"to": "x.jsonl"}, TypeError, r"watch: to is 'x.jsonl'; .*: to write to a file, .*\.JsonLines\('x.jsonl'\)"),
         ({"to": ["file"]}, TypeError, r"watch: to has a str; expected callables of \(step, readings\)"),
         ({"on_nonfinite": "stop"}, ValueError, "watch: on_nonfinite is 'stop'; expected one of raise, warn, ignore"),
         ({"group": "all"}, ValueError, "watch: group is 'all'; expected a process group, \"world\" or None"),

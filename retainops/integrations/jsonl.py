@@ -32,6 +32,12 @@ class JsonLines:
         self._path = file if isinstance(file, (str, PathLike)) else None
         self._file = None if isinstance(file, (str, PathLike)) else file
 
+    def __enter__(self) -> JsonLines:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing is open: `with` is for who writes it out of habit, as with `LiveTable`."""
+
     def __call__(self, step: int, readings: Readings) -> None:
         rows = [{"step": step, "point": name, **_plain(of)} for name, of in readings.items() if of]
         lines = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
