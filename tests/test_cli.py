@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import re
 import subprocess
 import sys
@@ -40,9 +41,39 @@ def test_help_says_what_a_command_does_with_an_example(command):
 def test_points_lists_every_op():
     result = run("points")
     assert result.exit_code == 0
+    listed = result.output + run("points", "pointwise").output
     for op in registry.ops():
-        assert op.name in result.output
-    assert 'c a * b broadcast of a and b Retained("c")' in words(run("points", "mul_sin").output)
+        assert op.name in listed
+    assert "div_softplus" not in result.output  # 44 that are alike are one entry
+    assert "c a o b broadcast of a and b" in words(result.output)
+    assert "pointwise stands for 44 ops o_f" in words(result.output)
+    assert "c a * b broadcast of a and b" in words(run("points", "mul_sin").output)
+    assert "mul_sin" in run("points", "siren").output
+
+
+def test_points_cuts_no_formula_short():
+    for op in registry.ops():
+        result = CliRunner().invoke(app, ["points", op.name], env={"COLUMNS": "80"})
+        assert "…" not in result.output
+
+
+@pytest.mark.parametrize("op", list(registry.ops()), ids=lambda op: op.name)
+def test_the_code_that_points_prints_runs(op):
+    """It names the op's inputs as its formula does, and calls it as its user can."""
+    _, start, after = run("points", op.name).output.partition("kept = ")
+    code = start + after
+    names = list(inspect.signature(op.reference).parameters)
+    generator = torch.Generator().manual_seed(0)
+    given = op.sample(torch.Size((4, 6)), torch.float32, "cpu", generator)
+    for x in given:
+        if isinstance(x, torch.Tensor) and x.is_floating_point():
+            x.requires_grad_()
+    scope = {"ro": ro, **dict(zip(names, given, strict=False))}
+    if "target" in scope:
+        scope["target"] = scope["target"].clamp(min=0)  # the sample's is ignored where it is -1
+    exec(code, scope)
+    (slot,) = scope["kept"].values()
+    assert slot.grad is not None
 
 
 def test_points_of_one_op_lists_no_other(monkeypatch):
@@ -196,6 +227,10 @@ def test_a_table_for_each_op_on_request(monkeypatch):
         (("check", "--op", "mul_cosh"), "'mul_cosh' is not an op of retainops; did you mean 'mul_cos'"),
         (("check", "--dtype", "int8"), "--dtype int8: unknown dtype; expected one of float16, bfloat16"),
         (("check", "--shape", "5by7"), "--shape 5by7: expected positive sizes with x between them"),
+        (
+            ("check", "--shape", "3"),
+            "between them, rows and columns at least, such as 37x53",
+        ),
         (("check", "--shape", "0x7"), "--shape 0x7: expected positive sizes"),
         (("check", "--jobs", "-1"), "--jobs -1: expected a number of processes, or 0"),
     ],

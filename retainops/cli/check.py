@@ -82,8 +82,8 @@ def _size(shape: str) -> torch.Size:
         size = torch.Size(int(n) for n in shape.split("x"))
     except ValueError:
         size = torch.Size()
-    if not size or min(size) < 1:
-        fail(f"--shape {shape}: expected positive sizes with x between them, such as 37x53")
+    if len(size) < 2 or min(size) < 1:  # some ops take no fewer dims
+        fail(f"--shape {shape}: expected positive sizes with x between them, rows and columns at least, such as 37x53")
     return size
 
 

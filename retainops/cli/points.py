@@ -12,10 +12,20 @@ from rich.text import Text
 
 from retainops import registry
 from retainops.cli.messages import found_op
+from retainops.cli.snippet import snippet
+from retainops.ops.pointwise import BINARY, FAMILY, UNARY
+
+POINTWISE = "pointwise"
+"""What the ops of the family are called together."""
 
 
 def points(
-    op: Annotated[str | None, typer.Argument(help="Only this op.", metavar="OP", show_default=False)] = None,
+    op: Annotated[
+        str | None,
+        typer.Argument(
+            help=f"Only this op; or {POINTWISE}, for each of that family.", metavar="OP", show_default=False
+        ),
+    ] = None,
 ) -> None:
     """List the points of every op: the interior values whose gradient can be asked for, and how to ask.
 
@@ -23,20 +33,33 @@ def points(
     """
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("op, and its points", no_wrap=True)  # names are to be copied
-    for name in ("formula", "shape", "ask with"):
-        table.add_column(name)
-    for record in [found_op(op)] if op else registry.ops():
-        table.add_row(Text(record.name, style="bold"), Text(record.formula))
-        for point in record.points:
-            table.add_row(*map(Text, (f"  {point.name}", point.formula, point.shape, f'Retained("{point.name}")')))
-        table.add_section()
+    for name in ("formula", "shape"):
+        table.add_column(name, overflow="fold")
+    if op is None:
+        _add(table, POINTWISE, "f(a o b)", registry.find("mul_sin").points, inner="a o b")
+    for record in _chosen(op):
+        _add(table, record.name, record.formula, record.points)
     console = Console()
     console.print(table)
-    example = found_op(op) if op else next(registry.ops())
-    console.print(Text(_EXAMPLE.format(op=example.name, point=example.points[0].name)))
+    if op is None:
+        console.print(Text(_OF_FAMILY.format(o=", ".join(BINARY), f=", ".join(UNARY), name=POINTWISE, n=len(FAMILY))))
+    console.print(Text(snippet(registry.find("mul_sin") if op in (None, POINTWISE) else found_op(op))))
 
 
-_EXAMPLE = """\
-kept = ro.Retained("{point}")
-ro.{op}(..., retain=kept).sum().backward()
-kept["{point}"].grad  # what {point}.retain_grad() would have left in {point}.grad"""
+def _chosen(op: str | None) -> list[registry.Op]:
+    if op == POINTWISE:
+        return [record for record in registry.ops() if record.name in FAMILY]
+    return [record for record in registry.ops() if record.name not in FAMILY] if op is None else [found_op(op)]
+
+
+def _add(table: Table, name: str, formula: str, points: tuple[registry.PointInfo, ...], inner: str = "") -> None:
+    table.add_row(Text(name, style="bold"), Text(formula))
+    for point in points:
+        table.add_row(Text(f"  {point.name}"), Text(inner or point.formula), Text(point.shape))
+    table.add_section()
+
+
+_OF_FAMILY = """\
+pointwise stands for {n} ops o_f, such as mul_sin and add_gelu: o of {o}; f of {f}.
+retainops points {name} lists them.
+"""

@@ -103,7 +103,7 @@ class GatedUnit(CallsActivation, Gated):
 
     def point_infos(self) -> tuple[PointInfo, ...]:
         gate, up = (PointInfo(name, name, f"of {name}") for name in ("gate", "up"))
-        return gate, up, PointInfo("act", "f(gate)", "of gate")
+        return gate, up, PointInfo("act", "f(gate), f the activation", "of gate")
 
     def fused_gated(self, act: Any, gate: Tensor, up: Tensor) -> Tensor:
         """act(gate) * up."""

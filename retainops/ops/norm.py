@@ -50,7 +50,7 @@ def rms_norm(
 
     Points:
         xhat = x / sqrt(mean(x^2) + eps), (..., n), in float32 (float64 for float64).
-        y = xhat, which round_first rounds, (..., n): what weight multiplies. With round_first it is of x's dtype.
+        y = xhat, rounded to x's dtype if round_first, (..., n): what weight multiplies.
 
     Example:
         >>> kept = ro.Retained(xhat=ro.Stats("l2", over="rows"))
@@ -124,7 +124,7 @@ def add_rms_norm(
     Points:
         summed = x + residual, (..., n): its gradient, by both outputs, is also that of x and of residual.
         xhat = summed / sqrt(mean(summed^2) + eps), (..., n), in float32 (float64 for float64).
-        y = xhat, which round_first rounds, (..., n): what weight multiplies. With round_first it is of summed's dtype.
+        y = xhat, rounded to summed's dtype if round_first, (..., n): what weight multiplies.
 
     Example:
         >>> h, residual = ro.add_rms_norm(attention(h), residual, weight)
@@ -243,7 +243,7 @@ RMS_NORM = _register(
     rms_norm_reference,
     Norm(centred=False, residual=False),
     xhat="x / sqrt(mean(x^2) + eps)",
-    y="xhat, which round_first rounds",
+    y="xhat, rounded to x's dtype if round_first",
 )
 LAYER_NORM = _register(
     layer_norm,
@@ -259,7 +259,7 @@ ADD_RMS_NORM = _register(
     Norm(centred=False, residual=True),
     summed="x + residual",
     xhat="summed / sqrt(mean(summed^2) + eps)",
-    y="xhat, which round_first rounds",
+    y="xhat, rounded to summed's dtype if round_first",
 )
 ADD_LAYER_NORM = _register(
     add_layer_norm,
