@@ -59,8 +59,25 @@ class Tracer(GraphAppendingTracer):
 
     def refuse(self, what: str, remedy: str = "") -> NoReturn:
         """Raise: the function does what its kernels cannot."""
-        remedy = remedy or f"supported are: {', '.join(row.names[0] for row in ROWS)}"
+        remedy = remedy or _remedy(what)
         raise NotImplementedError(f"{self.name}: {what} at {_where()} is not supported in a fused function; {remedy}")
+
+
+_FUSED = ("softmax", "log_softmax", "layer_norm", "rms_norm", "group_norm", "cross_entropy")
+_REDUCING = ("sum", "mean", "prod", "var", "std", "norm", "amax", "amin", "max", "min", "logsumexp", "cumsum")
+_PRODUCTS = ("matmul", "mm", "bmm", "linear", "einsum")
+
+
+def _remedy(what: str) -> str:
+    """What to do in place of an operation."""
+    name = what.rpartition(".")[2]
+    if "in-place" in what:
+        return "make a new value and bind the name to it: c = c + 1"
+    if name in _FUSED:
+        return f"do it outside the function: ro.{name} is fused"
+    if name in _REDUCING + _PRODUCTS:
+        return "an element depends on others there: do it outside the function, and make the result a parameter"
+    return f"supported are: {', '.join(row.names[0] for row in ROWS)}"
 
 
 def _spelled(kind: str, target: Any, args: tuple[Any, ...]) -> str:

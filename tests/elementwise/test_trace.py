@@ -282,7 +282,23 @@ def test_what_is_not_supported_is_named(fn, says: str) -> None:
 
 def test_the_error_lists_what_is_supported() -> None:
     with pytest.raises(NotImplementedError, match="supported are: add, sub, mul, div, .*, where, "):
-        ro.fuse_pointwise(lambda x: torch.softmax(x, -1))
+        ro.fuse_pointwise(lambda x: torch.erfinv(x))
+
+
+@pytest.mark.parametrize(
+    ("fn", "remedy"),
+    [
+        (lambda x: torch.softmax(x, -1), "do it outside the function: ro.softmax is fused"),
+        (lambda x: F.layer_norm(x, (3,)), "do it outside the function: ro.layer_norm is fused"),
+        (lambda x: x - x.mean(), "do it outside the function, and make the result a parameter"),
+        (lambda x, w: x @ w, "do it outside the function, and make the result a parameter"),
+        (lambda x: x.mul_(2), r"make a new value and bind the name to it: c = c \+ 1"),
+    ],
+    ids=["softmax", "layer_norm", "mean", "matmul", "in place"],
+)
+def test_the_error_says_what_to_do(fn, remedy: str) -> None:
+    with pytest.raises(NotImplementedError, match=f"is not supported in a fused function; .*{remedy}"):
+        ro.fuse_pointwise(fn)
 
 
 @pytest.mark.parametrize("fn", control_flow(), ids=lambda f: f.__name__)
