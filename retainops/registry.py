@@ -50,6 +50,7 @@ class Op:
         refuses: `refuses(*inputs)` says why the kernels cannot take these inputs, or None.
         sample: `sample(shape, dtype, device, generator)` makes inputs for tests and benchmarks.
         traffic: `traffic(*inputs)` is the fewest bytes that (forward, backward, each retained point) must move.
+        outputs: of an op of several outputs, the name of the point that each is, or "" where it is none.
         constants: places of inputs that have no gradient on the kernels, though they may be floating-point: tables.
         kind: "elementwise", or "row" if elements along the last dim depend on each other, or "attention" if points are
             of (..., heads, queries, keys), and `Part`, `Relevance` and statistics over these can be asked for: what
@@ -65,6 +66,7 @@ class Op:
     refuses: Callable[..., str | None]
     sample: Callable[..., tuple[Any, ...]]
     traffic: Callable[..., tuple[int, int, int]]
+    outputs: tuple[str, ...] = ()
     constants: tuple[int, ...] = ()
     kind: str = "elementwise"
 

@@ -11,7 +11,7 @@ from retainops import dispatch, registry
 from retainops.dispatch import HAS_TRITON
 from retainops.ops._plan import Plan, plan, several
 from retainops.ops._saved import Unread, restored, saved
-from retainops.points import no_grad, reader
+from retainops.points import reader
 from retainops.registry import Op
 from retainops.slots import Slot
 
@@ -109,20 +109,17 @@ def launch(op: Op, kernels: Kernels, inputs: tuple[Any, ...], slots: Mapping[str
     """Run an op on its kernels, its points bound to the slots that ask for them."""
     layout = plan(op.reference, inputs)
 
-    def is_reached(what: str | int) -> bool:
-        return any(getattr(inputs[i], "requires_grad", False) for i in layout.sources[what])
-
-    leaves: list[torch.Tensor | None] = [None] * len(op.points)
-    for i, (name, slot) in enumerate((p.name, slots.get(p.name)) for p in op.points) if slots else ():
-        if slot is not None:
-            if not is_reached(name):
-                raise no_grad(op.name, name)
-            leaves[i] = slot.bind(op.name, *layout.points[name], layout.device)
+    leaves = [
+        slots[p.name].bind(op.name, *layout.points[p.name], layout.device) if p.name in slots else None
+        for p in op.points
+    ]
     outputs = Fused.apply(op, kernels, slots, layout, *inputs, *leaves)
-    if len(layout.outputs) == 1:
+    if not op.outputs:
         return outputs
     # One requires grad if what it is made of does, as in eager.
-    return tuple(y.detach() if y.requires_grad and not is_reached(i) else y for i, y in enumerate(outputs))
+    reached = {p.name: p.requires_grad(inputs) for p in op.points}
+    pairs = zip(outputs, op.outputs, strict=True)
+    return tuple(y.detach() if y.requires_grad and not reached.get(name, True) else y for y, name in pairs)
 
 
 def kernels_can(*dys: torch.Tensor | None, readable: Callable[[torch.Tensor], bool] = dispatch.plain) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -27,14 +27,12 @@ class Plan:
         points: (shape, dtype) by name.
         device: of all of them.
         autocast: the dtype of autocast there, None where it is off.
-        sources: of each point by name, and of each output by its number, the inputs that it depends on.
     """
 
     outputs: tuple[Output, ...]
     points: Mapping[str, tuple[torch.Size, torch.dtype]]
     device: torch.device
     autocast: torch.dtype | None = None
-    sources: Mapping[str | int, tuple[int, ...]] = field(default_factory=dict)
 
     def empty(self, which: int = 0) -> torch.Tensor:
         """An output, not yet written."""
@@ -69,25 +67,7 @@ def _plan(
             typed = several(reference(*(_like(x, device) for x in layouts), point))
     planned = (Output(y.shape, y.stride(), t.dtype) for y, t in zip(outputs, typed, strict=True))
     points = {name: (shapes[name], seen[name].dtype) for name in shapes}
-    return Plan(tuple(planned), points, device, autocast, _sources(reference, layouts))
-
-
-def _sources(reference: Callable[..., Any], layouts: tuple[Any, ...]) -> dict[str | int, tuple[int, ...]]:
-    """What depends on which inputs: found by asking for the gradient of one input after the other."""
-    found: dict[str | int, tuple[int, ...]] = {}
-
-    def depends(name: str | int, value: torch.Tensor, i: int) -> torch.Tensor:
-        found[name] = (*found.get(name, ()), *([i] if value.requires_grad else []))
-        return value
-
-    with torch.inference_mode(False), torch.enable_grad():
-        for i, layout in enumerate(layouts):
-            inputs = [_like(x, "meta") for x in layouts]
-            if isinstance(layout, tuple) and (inputs[i].is_floating_point() or inputs[i].is_complex()):
-                inputs[i].requires_grad_()
-                for number, y in enumerate(several(reference(*inputs, lambda name, v, i=i: depends(name, v, i)))):
-                    depends(number, y, i)
-    return found
+    return Plan(tuple(planned), points, device, autocast)
 
 
 def several(outputs: torch.Tensor | tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

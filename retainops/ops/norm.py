@@ -210,6 +210,7 @@ def _register(call: Any, formula: str, reference: Any, norm: Norm, **interiors: 
         refuses=functools.partial(_refuses, norm),
         sample=functools.partial(_sample, norm),
         traffic=functools.partial(_traffic, norm),
+        outputs=("", "summed") if norm.residual else (),
         kind="row",
     )
 

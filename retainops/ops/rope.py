@@ -126,6 +126,7 @@ ROPE = _fused.register(
     refuses=_refuses,
     sample=_sample,
     traffic=_traffic,
+    outputs=("q_rot", "k_rot"),
     constants=(2, 3),
     kind="row",
 )
