@@ -108,7 +108,6 @@ def register(kernels: Kernels, **fields: Any) -> Op:
 def launch(op: Op, kernels: Kernels, inputs: tuple[Any, ...], slots: Mapping[str, Slot]) -> Any:
     """Run an op on its kernels, its points bound to the slots that ask for them."""
     layout = plan(op.reference, inputs)
-
     leaves = [
         slots[p.name].bind(op.name, *layout.points[p.name], layout.device) if p.name in slots else None
         for p in op.points

@@ -59,13 +59,11 @@ def backward(
 ) -> list[Tensor | None]:
     """kernels.backward(op, inputs, dys, needed, slots, leaves), as of a forward with this plan."""
     device = _launch.current(layout.device)
-    wants = [slots[name].want for name in leaves]
-    known = all(want is None or isinstance(want, Stats) for want in wants)  # others keep answers of their own
-    if device is None or not known or len(set(slots.values())) < len(slots):
+    asked = asked_of(slots, leaves) if leaves else ()
+    if device is None or asked is None:
         return kernels.backward(op, inputs, dys, needed, slots, leaves)
     count, given = len(inputs), (*inputs, *dys)
-    asked = [(want.names, want.over, want.grad) if isinstance(want, Stats) else None for want in wants]
-    key = (kernels, maths_of(kernels), device, layout, needed, *leaves, *asked, *map(sign, given))
+    key = (kernels, maths_of(kernels), device, layout, needed, *asked, *map(sign, given))
 
     def do(*given: Any) -> list[Tensor | None]:
         return kernels.backward(op, given[:count], given[count:], needed, slots, leaves)
@@ -106,6 +104,22 @@ def replayed(
             _known.clear()
         _known[key] = SEEN
     return results
+
+
+def asked_of(slots: Mapping[str, Slot], leaves: Mapping[str, Tensor]) -> list[Hashable] | None:
+    """What is asked of each point; None: of some point what is no replay's to answer, a buffer of the caller's."""
+    if len(set(slots.values())) < len(slots):  # points that share a slot
+        return None
+    asked: list[Hashable] = []
+    for name in leaves:
+        want = slots[name].want
+        if isinstance(want, Stats):
+            asked.append((name, want.names, want.over, want.grad))
+        elif want is None:
+            asked.append(name)
+        else:
+            return None
+    return asked
 
 
 def maths_of(kernels: Any) -> Any:
