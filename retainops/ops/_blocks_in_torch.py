@@ -79,7 +79,7 @@ def backward_in_place(z: Tensor, loss: Loss, dloss: Tensor, keeper: Keeper | Non
     """
     dtype, given, rows = z.dtype, loss.options, loss.rows
     z, slope = _softcapped(z, given.softcap, and_slope=True)
-    z, kept = z.to(rows.max.dtype), loss.target.unsqueeze(-1) != given.ignore_index
+    z, kept = z.to(rows.max.dtype), loss.target.long().unsqueeze(-1) != given.ignore_index
     value = z.clone() if keeper is not None and keeper.wants_value else None
     # dloss is inf where the mean is of no row.
     hit = torch.where(kept, dloss * ((1 - given.label_smoothing) * rows.share), 0)

@@ -132,6 +132,7 @@ def check_targets_in_range(op: str, target: torch.Tensor, classes: int, ignore_i
         return
     on_host = target.device.type == "cpu" and not plain(target)
     if on_host or os.environ.get("RETAINOPS_CHECK_TARGETS") == "1":
+        target = target.long()  # a comparison takes the numbers to the target's dtype
         wrong = target[((target < 0) | (target >= classes)) & (target != ignore_index)]
         if wrong.numel():
             raise IndexError(

@@ -135,8 +135,9 @@ def shares(
 
     What is no class weighs NaN, and with it the loss and the gradient: no silent wrong value.
     """
+    target = target.long()  # in 8 bits -100 is 156, and no class is above 255
     kept, known = target != ignore_index, (target >= 0) & (target < classes)
-    at = torch.where(kept & known, target, 0).long()
+    at = torch.where(kept & known, target, 0)
     weights = torch.ones((), dtype=dtype, device=target.device) if weight is None else weight.to(dtype)
     share = torch.where(known, pick(weights.expand((*target.shape, classes)), at), float("nan"))
     return torch.where(kept, share, 0), kept, at
