@@ -176,7 +176,7 @@ def cross_entropy_mean_kernel(
     if SHARE.ptr is not None:
         total = tl.sum(share, axis=1, keep_dims=True)
         store(TOTAL, total, at, SHAPE, 1, 1)
-        y = divide(y, total)
+        y = tl.where(total == 0.0, float("nan"), divide(y, total))  # as eager, whose likelihoods alone are 0 / 0
     store(Y, y, at, SHAPE, 1, 1)
 
 

@@ -115,6 +115,21 @@ def test_softmax_of_the_logits_before_and_another_loss_after(path: Path, name: s
         assert_near(a.grad, b.grad, 4)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("rows", [4, (1 << 16) + 1], ids=["in one program", "more rows"])
+def test_a_mean_by_weights_of_0_is_nan(path: Path, name: str, rows: int, smoothing: float) -> None:
+    """As in eager PyTorch, which adds the part that is smoothed to 0 / 0."""
+    x = torch.ones(rows, 3, device=path.device, requires_grad=True)
+    target, weight = torch.zeros(rows, dtype=torch.int64, device=path.device), x.new_tensor([0.0, 1.0, 2.0])
+    layer = (torch.eye(3, device=path.device), target, None) if name == "linear_cross_entropy" else (target,)
+    ours = OPS[name].call(x, *layer, weight, label_smoothing=smoothing)
+    theirs = torch.nn.functional.cross_entropy(x, target, weight, label_smoothing=smoothing)
+    assert ours.isnan()
+    assert theirs.isnan()
+    for loss in (ours, theirs):
+        assert torch.autograd.grad(loss, x)[0].isnan().all()
+
+
 @pytest.mark.parametrize("how", ["sum", "mean over rows", "expand", "transposed"])
 def test_gradients_of_any_layout(path: Path, name: str, how: str) -> None:
     op, ours, kept = OPS[name], inputs_of(name, path.device), all_points(OPS[name])

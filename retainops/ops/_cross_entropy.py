@@ -177,7 +177,8 @@ def _in_one(shape: torch.Size, tensors: Sequence[Tensor], *_: Sequence[torch.Siz
 
 def reduced(loss: Tensor, divisor: Tensor | None) -> Tensor:
     """The sum of the rows' losses, or their mean by a divisor."""
-    return loss.sum() if divisor is None else loss.sum() / divisor
+    # By 0 it is NaN whatever smoothing adds to the rows, since eager PyTorch adds that to the likelihoods' 0 / 0.
+    return loss.sum() if divisor is None else loss.sum() / divisor + 0 / divisor
 
 
 def row_gradient(dy: Tensor, given: Options, divisor: Tensor | None, like: Tensor) -> Tensor:
