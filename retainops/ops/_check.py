@@ -10,7 +10,7 @@ import torch
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def check_elementwise(op: str, **inputs: Any) -> None:
+def check_elementwise(op: str, /, **inputs: Any) -> None:
     """Inputs of an elementwise op: tensors that broadcast, on one device; Python numbers among them.
 
     Raises:
@@ -39,7 +39,7 @@ def check_elementwise(op: str, **inputs: Any) -> None:
             raise RuntimeError(f"{op}: {where}; expected all on one device: move them with .to(device)")
 
 
-def check_tensor(op: str, **inputs: Any) -> None:
+def check_tensor(op: str, /, **inputs: Any) -> None:
     """Inputs in whose place a Python number will not do.
 
     Raises:
@@ -78,7 +78,7 @@ def refuses_dtypes(*inputs: Any) -> str | None:
     return f"the inputs are on {' and '.join(map(str, devices))}" if len(devices) > 1 else None
 
 
-def check_norm(op: str, x: Any, eps: Any, offset: Any = 0.0, **others: Any) -> None:
+def check_norm(op: str, x: Any, eps: Any, offset: Any = 0.0, /, **others: Any) -> None:
     """Inputs of a norm over the last dim of x: weight and bias of its size, a residual that broadcasts with x.
 
     Raises:
