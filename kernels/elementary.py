@@ -109,3 +109,21 @@ def lerp(start, end, weight):
     """start + weight * (end - start), from whichever end is nearer."""
     span = end - start
     return tl.where((weight < 0.5) & (weight > -0.5), start + weight * span, end - span * (1.0 - weight))
+
+
+@triton.jit
+def rounded(NUMBER: tl.constexpr, X, DTYPE: tl.constexpr):
+    """A number as eager PyTorch compares it with an input X: in X's dtype."""
+    y = tl.full((1, 1), NUMBER, DTYPE)
+    if X.ptr is not None:
+        y = y.to(X.ptr.dtype.element_ty).to(DTYPE)
+    return y
+
+
+@triton.jit
+def compared(y, Y, X):
+    """y, which is a number if the input Y is one, as eager PyTorch compares it with an input X."""
+    if Y.number is not None and X.ptr is not None:
+        return y.to(X.ptr.dtype.element_ty).to(y.dtype)
+    else:
+        return y

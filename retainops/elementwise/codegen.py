@@ -12,7 +12,17 @@ from typing import NamedTuple
 
 from torch.fx import Node
 
-from retainops.elementwise.expressions import TILES, Expression, Variables, atom, compose, formulas, identifier, sum_of
+from retainops.elementwise.expressions import (
+    TILES,
+    Expression,
+    Variables,
+    as_compared,
+    atom,
+    compose,
+    formulas,
+    identifier,
+    sum_of,
+)
 from retainops.elementwise.rules import HELPERS, Step
 from retainops.elementwise.trace import Traced
 
@@ -125,7 +135,8 @@ class _Values:
         value = self._inline[x]
         if x in self._traced.conditions and i not in step.takes:
             return Expression(f"({value.text}).to(DTYPE)")
-        return value
+        text = as_compared(self._traced, self._variables, step, i, value.text)
+        return value if text == value.text else Expression(text)
 
 
 def _forward(traced: Traced, variables: Variables, used: list[Node]) -> list[str]:

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 from torch.fx import Node
 
+from retainops.elementwise.comparisons import compared_with, needs_rounding
 from retainops.elementwise.rules import HELPERS, Step, literal
-from retainops.elementwise.trace import Traced
+from retainops.elementwise.trace import Traced, sources
 
 TILES = ("load", "store", "store_grad", "tile")
 _ARGUMENTS = ("X", "Y", "DX", "DY", "DC", "SHAPE", "DTYPE", "BLOCK_M", "BLOCK_N", "at", "dy", "tl", "triton", "retain")
@@ -31,6 +32,7 @@ class Variables:
     def __init__(self, traced: Traced) -> None:
         self._taken = set(_TAKEN)
         self._of: dict[Node, str] = {}
+        self._places = {node: i for i, node in enumerate(node for node in traced.inputs if node.users)}
         named = {node: name for name, node in reversed(traced.names.items())}
         for node in traced.inputs:
             self._of[node] = self.take(str(node.target))
@@ -39,6 +41,10 @@ class Variables:
 
     def __getitem__(self, node: Node) -> str:
         return self._of[node]
+
+    def operand(self, node: Node) -> str:
+        """What kernels take for an input."""
+        return f"X[{self._places[node]}]"
 
     def take(self, wanted: str) -> str:
         """A variable that nothing else has."""
@@ -76,11 +82,22 @@ def atom(traced: Traced, variables: Variables, step: Step, i: int) -> str:
     """An operand of a step as a name or a number."""
     x: Any = step.operands[i]
     if not isinstance(x, Node):
+        beside = compared_with(traced, step, i)
+        if beside is not None and needs_rounding(x):
+            return f"rounded({literal(x)}, {variables.operand(beside)}, DTYPE)"
         is_tensor = step.tensors or (step.compares and ctypes.c_float(x).value != x)
         return f"tl.full((1, 1), {literal(x)}, DTYPE)" if is_tensor else literal(x)
     if x in traced.conditions and i not in step.takes:
         return f"{variables[x]}.to(DTYPE)"
-    return variables[x]
+    return as_compared(traced, variables, step, i, variables[x])
+
+
+def as_compared(traced: Traced, variables: Variables, step: Step, i: int, text: str) -> str:
+    """An operand, which is a number where the one input behind it is, as it is compared with an input."""
+    beside, behind = compared_with(traced, step, i), sources(traced, step.operands[i], differentiably=False)
+    if beside is None or len(behind) != 1 or traced.inputs[behind[0]] in (beside, *traced.conditions):
+        return text
+    return f"compared({text}, {variables.operand(traced.inputs[behind[0]])}, {variables.operand(beside)})"
 
 
 def sum_of(shares: list[str]) -> str:

@@ -10,8 +10,9 @@ from torch.fx import Node
 
 from retainops.elementwise import cache
 from retainops.elementwise.codegen import Generated
+from retainops.elementwise.comparisons import comparisons, refuses_comparisons
 from retainops.elementwise.reference import reference_of
-from retainops.elementwise.trace import Traced
+from retainops.elementwise.trace import Traced, sources
 from retainops.ops import _fused
 from retainops.ops._check import KERNEL_DTYPES, refuses_dtypes
 from retainops.ops._plan import plan
@@ -59,6 +60,7 @@ def record(call: Callable[..., torch.Tensor], traced: Traced, generated: Generat
     """The op of a traced function."""
     reference = reference_of(traced)
     on_kernels = OnKernels(traced, generated)
+    compared = comparisons(traced)
 
     def launch(inputs: tuple[Any, ...], slots: Mapping[str, Slot]) -> Any:
         # What has no gradient must not make the output require one.
@@ -78,12 +80,12 @@ def record(call: Callable[..., torch.Tensor], traced: Traced, generated: Generat
         call=call,
         formula=generated.formulas[""],
         points=tuple(
-            PointInfo(name, generated.formulas[name], _shape(traced, node), inputs=tuple(_sources(traced, node)))
+            PointInfo(name, generated.formulas[name], _shape(traced, node), inputs=tuple(sources(traced, node)))
             for name, node in traced.names.items()
         ),
         reference=reference,
         launch=launch,
-        refuses=lambda *inputs: _refuses(traced, generated, reference, inputs),
+        refuses=lambda *inputs: _refuses(traced, generated, reference, inputs) or refuses_comparisons(compared, inputs),
         sample=lambda *where: tuple(_sample(traced, i, *where) for i in range(len(traced.parameters))),
         traffic=traffic,
     )
@@ -94,20 +96,9 @@ def _is_idle(x: Any, place: int, generated: Generated) -> bool:
     return isinstance(x, torch.Tensor) and x.requires_grad and place not in generated.graded
 
 
-def _sources(traced: Traced, node: Node, differentiably: bool = True) -> list[int]:
-    """Places of the parameters that a node depends on."""
-    needed = {node}
-    for other in reversed(traced.steps):
-        if other in needed:
-            step = other.meta["step"]
-            pairs = zip(step.operands, step.grads, strict=True)
-            needed.update(x for x, grad in pairs if isinstance(x, Node) and (grad is not None or not differentiably))
-    return [i for i, source in enumerate(traced.inputs) if source in needed]
-
-
 def _shape(traced: Traced, node: Node) -> str:
     """The shape of a node, in words."""
-    *names, last = (traced.parameters[i].name for i in _sources(traced, node, differentiably=False))
+    *names, last = (traced.parameters[i].name for i in sources(traced, node, differentiably=False))
     return f"broadcast of {', '.join(names)} and {last}" if names else f"of {last}"
 
 

@@ -19,8 +19,8 @@ from torch.nn import functional as F
 
 HELPERS = {
     "elementary": (
-        *("erf", "expm1", "lerp", "log", "log1p", "maximum", "maximum_grad", "minimum", "minimum_grad", "power"),
-        *("power_grad", "rsqrt", "sign", "sqrt"),
+        *("compared", "erf", "expm1", "lerp", "log", "log1p", "maximum", "maximum_grad", "minimum", "minimum_grad"),
+        *("power", "power_grad", "rounded", "rsqrt", "sign", "sqrt"),
     ),
     "unary": (
         *("cos", "divide", "exp", "gelu", "gelu_grad", "gelu_tanh", "gelu_tanh_grad", "reciprocal", "relu"),

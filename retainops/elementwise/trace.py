@@ -83,6 +83,17 @@ def trace(fn: Callable[..., Any]) -> Traced:
     return Traced(fn.__name__, tuple(parameters), graph, points, graded, frozenset(conditions))
 
 
+def sources(traced: Traced, node: fx.Node, differentiably: bool = True) -> list[int]:
+    """Places of the parameters that a node depends on."""
+    needed = {node}
+    for other in reversed(traced.steps):
+        if other in needed:
+            step = other.meta["step"]
+            pairs = zip(step.operands, step.grads, strict=True)
+            needed.update(x for x, grad in pairs if isinstance(x, fx.Node) and (grad is not None or not differentiably))
+    return [i for i, source in enumerate(traced.inputs) if source in needed]
+
+
 def _parameters(fn: Callable[..., Any]) -> list[inspect.Parameter]:
     if not isinstance(fn, types.FunctionType):
         raise TypeError(f"fuse_pointwise: {fn!r} is {type(fn).__name__}; expected a function written in Python")

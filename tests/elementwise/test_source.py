@@ -78,6 +78,7 @@ NAMES = [
     *("tl", "triton", "at", "load", "store", "store_grad", "retain_", "tile", "X", "Y", "DX", "DY", "DC", "SHAPE"),
     *("DTYPE", "BLOCK_M", "dy", "dx", "da", "y", "tanh", "sin", "divide", "power", "float", "range", "len", "print"),
     *("match", "_", "__x", "point", "tap", "torch", "v1", "g0", "f_fwd_kernel", "λ", "数", "ﬁ", "x²"[:1], "T", "K9"),
+    *("op", "inputs", "rounded", "compared"),
 ]
 
 
