@@ -98,9 +98,9 @@ def keep_poison(op: Callable[[Array, Array], Array]) -> Callable[[Array, Array],
 
 
 def in_float64(op: Callable[..., Array], *args: Array) -> Array:
-    """Evaluate an elementwise function in float64. A NaN argument is the result, payload and all."""
+    """Evaluate an elementwise function in float64. A result of NaN is that of the arguments, payload and all."""
     wide = [x.astype(np.float64) for x in args]
     y = np.asarray(op(*wide))
     for x in wide if y.dtype.kind == "f" else ():
-        y = np.where(np.isnan(x), x, y)
+        y = np.where(np.isnan(x) & np.isnan(y), x, y)  # 1 ** nan is 1
     return y

@@ -39,7 +39,7 @@ UNARY: dict[str, Callable] = {
     "gelu, tanh": lambda x: F.gelu(x, approximate="tanh"),
     "silu": F.silu,
     "softplus": F.softplus,
-    **{f"pow {e}": lambda x, e=e: x**e for e in (0, 1, 2, 3, 4, 0.5, -0.5, -1, -2, -3, 2.5, 0.3)},
+    **{f"pow {e}": lambda x, e=e: x**e for e in (0, 1, 2, 3, 4, 0.5, -0.5, -1, -2, -3, 2.5, 0.3, NAN)},
     "add, number": lambda x: 0.1 + x,
     "sub, number": lambda x: 0.1 - x,
     "mul, number": lambda x: 0.1 * x,
