@@ -97,10 +97,14 @@ class Slot:
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles take the gradient along, and get a lock and a carrier of their own."""
-        return {name: value for name, value in self.__dict__.items() if name not in ("_lock", "_others", "carrier")}
+        state = {name: value for name, value in self.__dict__.items() if name not in ("_lock", "_others", "carrier")}
+        return {**state, "_leaf.grad": None if self._leaf is None else self._leaf.grad}  # a pickled leaf loses its own
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        grad = state.pop("_leaf.grad", None)
         self.__dict__.update(state)
+        if self._leaf is not None:
+            self._leaf.grad = grad
         self._connect()
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import pickle
 import threading
 
@@ -224,7 +225,37 @@ def test_zero_tensors_as_gradients(kernels: Path) -> None:
 # Copies.
 
 
-@pytest.mark.parametrize("how", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
+def saved_and_loaded(x):
+    file = io.BytesIO()
+    torch.save(x, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+over_copies = pytest.mark.parametrize(
+    "how",
+    [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x)), saved_and_loaded],
+    ids=["deepcopy", "pickle", "save"],
+)
+
+
+@over_copies
+def test_copies_of_a_request_have_its_gradients(how) -> None:
+    kept = ro.Retained("unused", "c", total=ro.Into(torch.zeros(3)))
+    a = torch.ones(3, requires_grad=True)
+    ro.point(ro.point(a * 2, "c", retain=kept) * 3, "total", retain=kept).sum().backward()
+    copied = how(kept)
+    assert copied.c.grad.tolist() == [3.0] * 3
+    assert copied.c.grad is not kept.c.grad
+    assert copied.total.grad.tolist() == [1.0] * 3
+    assert copied.unused.grad is None
+    assert copied.c.tensor.untyped_storage().nbytes() == copied.c.tensor.element_size()  # of one stored element, still
+    assert copied.c.tensor.is_leaf
+    ro.point(a * 2, "c", retain=copied).sum().backward()
+    assert (copied.c.grad.tolist(), kept.c.grad.tolist()) == ([4.0] * 3, [3.0] * 3)
+
+
+@over_copies
 def test_copies_of_a_request_work(how) -> None:
     kept = ro.Retained("d", c=ro.Stats("l2", grad=True))
     a = torch.ones(3, requires_grad=True)
