@@ -74,6 +74,11 @@ def tap(
     """`value`, with its gradient going to a slot too: by its present leaf, one that it had before, or a view of it."""
     if not value.requires_grad:
         raise no_grad(op, slot.name)
+    if value.is_nested:
+        raise RuntimeError(
+            f"{op}: point '{slot.name}' is a nested tensor, and a slot holds a gradient of one shape; call it with "
+            "the values, x.values(), or leave out retain="
+        )
     if torch.compiler.is_compiling():
         over = "tensor"
         part: Places = ()

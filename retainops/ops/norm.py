@@ -195,6 +195,8 @@ def _held(x: Tensor) -> Tensor:
 
 def _mean(x: Tensor) -> Tensor:
     """Over the last dim, which must be there: `x.mean(-1)` takes a number for a row of one."""
+    if isinstance(x, Tensor) and x.is_nested:  # whose sum has no backward
+        return x.mean(-1, keepdim=True)
     return x.sum(-1, keepdim=True) / x.shape[-1]
 
 
