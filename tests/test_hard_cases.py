@@ -222,6 +222,30 @@ def test_zero_tensors_as_gradients(kernels: Path) -> None:
     assert (da + torch.zeros_like(a)).tolist() == [0.0] * 3
 
 
+# Inputs that change between forward and backward.
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("name", ["layer_norm", "add_layer_norm", "group_norm"])
+def test_a_bias_is_not_kept_for_backward(path: Path, name: str, create_graph: bool) -> None:
+    rand = random_leaves(path.device)
+    x, weight, bias = rand(3, 4), rand(4), rand(4)
+    y = {
+        "layer_norm": lambda: ro.layer_norm(x, weight, bias),
+        "add_layer_norm": lambda: ro.add_layer_norm(x, x, weight, bias)[0],
+        "group_norm": lambda: ro.group_norm(x, 2, weight, bias),
+    }[name]()
+    with torch.no_grad():
+        bias.fill_(float("nan"))  # no error, in eager PyTorch neither: nobody looks at it again
+    dy = torch.linspace(-1, 1, 12, device=path.device).view(3, 4)
+    dx, dweight, dbias = torch.autograd.grad(y, (x, weight, bias), dy, create_graph=create_graph)
+    assert_near(dbias, dy.sum(0))
+    assert dx.isfinite().all()
+    assert dweight.isfinite().all()
+    if create_graph:
+        assert torch.autograd.grad(dx.square().sum(), weight)[0].isfinite().all()
+
+
 # Copies.
 
 

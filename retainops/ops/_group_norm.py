@@ -10,6 +10,7 @@ import torch
 
 from retainops.dispatch import HAS_TRITON
 from retainops.ops._plan import Plan
+from retainops.ops._saved import Unread
 from retainops.registry import Op
 from retainops.slots import Slot
 
@@ -29,7 +30,8 @@ class GroupNorm:
     """Group norm on its kernels: x is read once for the sums and once more for what depends on them, each way."""
 
     def keeps(self, inputs: Sequence[Any], outputs: Sequence[Tensor | None], values: bool) -> Sequence[Any]:
-        return inputs
+        x, groups, weight, bias, eps = inputs
+        return x, groups, weight, Unread.of(bias), eps
 
     def forward(self, inputs: Sequence[Any], layout: Plan) -> tuple[Tensor, ...]:
         x, groups, weight, bias, eps = inputs
@@ -107,13 +109,13 @@ class PerChannel:
         self.partial = torch.empty((rows, size), dtype=held, device=self.x.device)
         return Operand(self.partial, strides, tiles)
 
-    def sum_like(self, weight: Tensor | None, needed: bool) -> Tensor | None:
+    def sum_like(self, weight: Tensor | Unread | None, needed: bool) -> Tensor | None:
         """The gradient of a weight for each channel: the sum over the batch, too."""
         if weight is None or not needed:
             return None
         if self.partial is None:  # nothing was launched: a sum of no elements
-            return torch.zeros_like(weight)
-        return self.partial.view(-1, len(weight)).sum(0).to(weight.dtype)
+            return torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device)
+        return self.partial.view(-1, weight.shape[0]).sum(0).to(weight.dtype)
 
 
 def _small(x: Tensor) -> torch.Size:

@@ -74,8 +74,12 @@ class Norm:
         self.centred, self.residual = centred, residual
 
     def keeps(self, inputs: Sequence[Any], outputs: Sequence[Tensor | None], values: bool) -> Sequence[Any]:
-        # The sum stands for both of its parts: all derivatives depend on it alone.
-        return (outputs[1], Unread(inputs[1]), *inputs[2:]) if self.residual else inputs
+        # The sum stands for both of its parts: all derivatives depend on it alone. On a bias none depends.
+        kept = [outputs[1], Unread(inputs[1]), *inputs[2:]] if self.residual else list(inputs)
+        if self.centred:
+            at = self.parts(range(len(inputs)))[3]
+            kept[at] = Unread.of(inputs[at])
+        return kept
 
     def parts(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
         """(x, residual, weight, bias, eps, offset, round_first), None or 0 for what this norm has not."""

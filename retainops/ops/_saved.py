@@ -13,7 +13,12 @@ class Unread:
 
     def __init__(self, x: torch.Tensor) -> None:
         self.like = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
-        self.shape, self.device = x.shape, x.device
+        self.shape, self.dtype, self.device = x.shape, x.dtype, x.device
+
+    @staticmethod
+    def of(x: torch.Tensor | None) -> Unread | None:
+        """Of what need not be there."""
+        return None if x is None else Unread(x)
 
     def get_device(self) -> int:
         """As of a tensor."""
