@@ -162,7 +162,15 @@ def cross_entropy_bwd_kernel(
 
 @triton.jit
 def cross_entropy_mean_kernel(
-    LOSS, SHARE, Y, TOTAL, SHAPE, DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+    LOSS,
+    SHARE,
+    Y,
+    TOTAL,
+    SHAPE,
+    DTYPE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SMOOTHED: tl.constexpr,
 ):
     """The sum of the rows' losses or, if there is a SHARE, their mean by its sum, which is left too. One program."""
     loss, share = tl.zeros((BLOCK_M, BLOCK_N), DTYPE), tl.zeros((BLOCK_M, BLOCK_N), DTYPE)
@@ -176,7 +184,9 @@ def cross_entropy_mean_kernel(
     if SHARE.ptr is not None:
         total = tl.sum(share, axis=1, keep_dims=True)
         store(TOTAL, total, at, SHAPE, 1, 1)
-        y = tl.where(total == 0.0, float("nan"), divide(y, total))  # as eager, whose likelihoods alone are 0 / 0
+        y = divide(y, total)
+        if SMOOTHED:  # eager PyTorch adds that part to the mean of the likelihoods, which by 0 is 0 / 0
+            y = tl.where(total == 0.0, float("nan"), y)
     store(Y, y, at, SHAPE, 1, 1)
 
 

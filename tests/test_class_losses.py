@@ -130,6 +130,15 @@ def test_a_mean_by_weights_of_0_is_nan(path: Path, name: str, rows: int, smoothi
         assert torch.autograd.grad(loss, x)[0].isnan().all()
 
 
+def test_a_mean_by_weights_that_cancel_is_infinite(path: Path, name: str) -> None:
+    x = torch.tensor([[3.0, 0.0], [0.0, 1.0]], device=path.device)
+    target, weight = torch.tensor([0, 1], device=path.device), x.new_tensor([1.0, -1.0])
+    layer = (torch.eye(2, device=path.device), target, None) if name == "linear_cross_entropy" else (target,)
+    ours = OPS[name].call(x, *layer, weight)
+    assert ours.isinf()
+    assert ours == torch.nn.functional.cross_entropy(x, target, weight)
+
+
 @pytest.mark.parametrize("how", ["sum", "mean over rows", "expand", "transposed"])
 def test_gradients_of_any_layout(path: Path, name: str, how: str) -> None:
     op, ours, kept = OPS[name], inputs_of(name, path.device), all_points(OPS[name])

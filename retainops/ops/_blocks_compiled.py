@@ -166,9 +166,9 @@ def call(
     if given.reduction == "none":
         return loss.to(to)
     if given.reduction == "sum":
-        return reduced(loss, None).to(to)
+        return reduced(loss, None, 0.0).to(to)
     share, *_ = shares(target, class_weight, given.ignore_index, shape[-1], loss.dtype)
-    return reduced(loss, share.sum()).to(to)
+    return reduced(loss, share.sum(), given.label_smoothing).to(to)
 
 
 def _product_dtype(x: Tensor) -> torch.dtype:

@@ -155,17 +155,25 @@ def rows_backward(
     )
 
 
-def reduce(rows: Rows, y: Tensor, mean: bool) -> Tensor | None:
+def reduce(rows: Rows, y: Tensor, given: Options) -> Tensor | None:
     """Write the sum of the rows' losses, or their mean; what that is divided by."""
+    mean = given.reduction == "mean"
     count = rows.loss.numel()
     if not 0 < count <= MOST_ROWS:
         divisor = rows.share.sum() if mean else None
-        y.copy_(reduced(rows.loss, divisor))
+        y.copy_(reduced(rows.loss, divisor, given.label_smoothing))
         return divisor
     divisor = rows.share.new_empty(()) if mean else None
-    given = rows.loss.view(-1), rows.share.view(-1) if mean else None
-    kernel = kernels.cross_entropy_mean_kernel
-    launch(kernel, given[0].shape, rows.loss.dtype, *given, y, divisor, walked=_in_one, programs=lambda _: 1)
+    losses, shares = rows.loss.view(-1), rows.share.view(-1) if mean else None
+    launch(
+        kernels.cross_entropy_mean_kernel,
+        losses.shape,
+        losses.dtype,
+        *(losses, shares, y, divisor),
+        walked=_in_one,
+        programs=lambda _: 1,
+        SMOOTHED=given.label_smoothing != 0,
+    )
     return divisor
 
 
@@ -175,10 +183,13 @@ def _in_one(shape: torch.Size, tensors: Sequence[Tensor], *_: Sequence[torch.Siz
     return Walk((1, n), ((), (0,)), (1, min(power_of_2(n), 1 << 13)), 16, (1,))
 
 
-def reduced(loss: Tensor, divisor: Tensor | None) -> Tensor:
+def reduced(loss: Tensor, divisor: Tensor | None, smoothing: float) -> Tensor:
     """The sum of the rows' losses, or their mean by a divisor."""
-    # By 0 it is NaN whatever smoothing adds to the rows, since eager PyTorch adds that to the likelihoods' 0 / 0.
-    return loss.sum() if divisor is None else loss.sum() / divisor + 0 / divisor
+    if divisor is None:
+        return loss.sum()
+    mean = loss.sum() / divisor
+    # By 0 it is NaN: eager PyTorch adds the part that is smoothed to the mean of the likelihoods, 0 / 0.
+    return mean + 0 / divisor if smoothing else mean
 
 
 def row_gradient(dy: Tensor, given: Options, divisor: Tensor | None, like: Tensor) -> Tensor:
@@ -204,7 +215,7 @@ class CrossEntropy:
             return y, *rows[1:], None
         rows_forward(logits, loss)
         y = layout.empty()
-        return y, *rows[1:], reduce(rows, y, loss.options.reduction == "mean")
+        return y, *rows[1:], reduce(rows, y, loss.options)
 
     def backward(
         self,
