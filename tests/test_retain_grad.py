@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import retainops as ro
 from tests.conftest import Path, random_leaves
-from tests.oracle import assert_near
+from tests.oracle import assert_near, sample
 
 
 @pytest.fixture
@@ -277,3 +277,37 @@ def test_a_second_backward_past_a_slot(path: Path) -> None:
         dx.square().sum().backward()
     assert_near(ours.grad, theirs.grad)
     assert_near(kept.p.grad.detach(), behind.grad.detach())
+
+
+@pytest.mark.parametrize("name", ["mul_sin", "rms_norm", "linear_cross_entropy"])
+def test_the_first_call_of_a_layout_saves_nothing_but_its_own(path: Path, name: str) -> None:
+    """What is found out about it once, on tensors that mean nothing, is no affair of hooks on saved tensors."""
+    from retainops.ops import _plan
+    from retainops.registry import find
+
+    def packed(t: torch.Tensor) -> torch.Tensor:
+        assert not t.is_meta
+        return t
+
+    for around in (torch.autograd.graph.saved_tensors_hooks(packed, packed), torch.autograd.graph.save_on_cpu()):
+        _plan._plan.cache_clear()
+        with around:
+            inputs = sample(name, path.device)
+            find(name).call(*inputs).sum().backward()
+    _plan._plan.cache_clear()
+    checkpoint(find(name).call, *sample(name, path.device), use_reentrant=False).sum().backward()
+
+
+def test_the_default_dtype_may_change(path: Path) -> None:
+    @ro.fuse_pointwise
+    def f(x: torch.Tensor) -> torch.Tensor:
+        return torch.where(x > 0, 1.0, 2.0) * x
+
+    x = torch.ones(3, dtype=torch.bfloat16, device=path.device)
+    before = torch.get_default_dtype()
+    try:
+        for dtype in (torch.float32, torch.float64, torch.float32):
+            torch.set_default_dtype(dtype)
+            assert f(x).dtype == (torch.where(x > 0, 1.0, 2.0) * x).dtype == dtype
+    finally:
+        torch.set_default_dtype(before)

@@ -114,9 +114,16 @@ class Notes(TorchDispatchMode):
         """A compiled kernel was started: `start` is what does it."""
         self.lines.append(("", f"{self._constant(start)}({device}, {', '.join(map(self._of, arguments))})"))
 
+    def arrives(self, slot: Slot) -> None:
+        """A gradient comes to a slot: which of them is first says `Retained.first_nonfinite`."""
+        self.lines.append(("", f"slots[{self._point(slot)!r}].note_arrival()"))
+
+    def _point(self, slot: Slot) -> str:
+        return next(name for name, other in self.slots.items() if other is slot)
+
     def merge(self, slot: Slot, parts: Mapping[str, Any], leaf: Tensor) -> None:
         """Give a slot statistics. What becomes of those that it has is its own affair."""
-        point = next(name for name, other in self.slots.items() if other is slot)
+        point = self._point(slot)
         inner = ", ".join(f"{name!r}: {self._of(part)}" for name, part in parts.items())
         self.lines.append(("", f"slots[{point!r}].merge({{{inner}}}, leaves[{point!r}])"))
         with self.unheard():

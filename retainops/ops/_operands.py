@@ -180,6 +180,8 @@ class Kept:
     def __init__(self, op: str, slot: Slot, leaf: torch.Tensor, broadcast: torch.Size | None = None) -> None:
         self.slot, self.leaf, self.broadcast = slot, leaf, broadcast or leaf.shape
         self.shape, self.dtype, self.device = leaf.shape, leaf.dtype, leaf.device
+        if listening := listener.get():
+            listening.arrives(slot)
         self.tensor, self.accumulate, self.returned, self.stats = slot.answer(op, self.shape, self.dtype, self.device)
         self.is_into = self.tensor is not None and self.returned is None
         self.summed: Sequence[torch.Size] = ()
@@ -281,5 +283,7 @@ class KeptSum:
         """Hand the gradient to the slot; what to return to autograd for it."""
         if (listening := listener.get()) and self.slot.want is not None:
             listening.are_whole = False  # the slot reduces the gradient, which is its own affair
+        elif listening:
+            listening.arrives(self.slot)
         value = self.value() if "act_grad" in self.slot.parts else None
         return self.slot.deposit(self.op, self.grad.sum(), value, self.leaf)

@@ -43,15 +43,19 @@ class Plan:
 def plan(reference: Callable[..., Any], inputs: tuple[Any, ...]) -> Plan:
     """What the reference gives for inputs like these; remembered for each layout."""
     layouts = tuple(map(_layout, inputs))
-    device = next(x.device for x in inputs if isinstance(x, torch.Tensor))
+    device, default = next(x.device for x in inputs if isinstance(x, torch.Tensor)), torch.get_default_dtype()
     if torch.is_autocast_enabled(device.type):
-        return _plan(reference, layouts, device, torch.get_autocast_dtype(device.type))
-    return _plan(reference, layouts, device, None)
+        return _plan(reference, layouts, device, torch.get_autocast_dtype(device.type), default)
+    return _plan(reference, layouts, device, None, default)
 
 
 @functools.lru_cache(maxsize=4096)
 def _plan(
-    reference: Callable[..., Any], layouts: tuple[Any, ...], device: torch.device, autocast: torch.dtype | None
+    reference: Callable[..., Any],
+    layouts: tuple[Any, ...],
+    device: torch.device,
+    autocast: torch.dtype | None,
+    _default: torch.dtype,
 ) -> Plan:
     seen: dict[str, torch.Tensor] = {}
 

@@ -1,8 +1,8 @@
 """What the host does for a call, written down as a short function, and done again by that function.
 
 An op's `forward` and `backward` decide much in Python: which kernels, of which tiles, over which tensors. All of it
-follows from the layouts of what they are given. So when a call comes a second time with the same layouts, its
-allocations and launches are noted; from then on they are made by a function of these lines and no others, such as
+follows from the layouts of what they are given. So when calls of the same layouts come again, the allocations and
+launches of one are noted; from then on they are made by a function of these lines and no others, such as
 
     def replay(slots, leaves, x0, x1):
         t0 = empty_strided((1024,), (1,), dtype=c0, device=c1)
@@ -30,10 +30,13 @@ from retainops.stats import Stats
 
 Tensor = torch.Tensor
 NO_SLOTS: Mapping[str, Any] = {}
-SEEN, NEVER = "seen", "never"
+NEVER = -1
+PLAIN = 3
+"""How many calls go by before one is noted, which takes as long as several: some layouts come twice and never again."""
 MOST = 4096
 """Calls that are known. When there are more all are forgotten, and noted again as they come."""
-_known: dict[Hashable, Replay | str] = {}
+_known: dict[Hashable, Replay | int] = {}
+"""What replays a call; or how many there were; or NEVER: of these not all could be noted."""
 _launch.forgotten.append(_known.clear)
 
 
@@ -68,10 +71,7 @@ def backward(
     def do(*given: Any) -> list[Tensor | None]:
         return kernels.backward(op, given[:count], given[count:], needed, slots, leaves)
 
-    results = replayed(key, do, given, slots, leaves)
-    for name in leaves:
-        slots[name].note_arrival()
-    return results
+    return replayed(key, do, given, slots, leaves)
 
 
 def replayed(
@@ -81,7 +81,7 @@ def replayed(
     slots: Mapping[str, Slot] = NO_SLOTS,
     leaves: Mapping[str, Tensor] = NO_SLOTS,
 ) -> Any:
-    """do(*given): the first time as it is, the second time with notes, from then on by the notes.
+    """do(*given): some times as it is, then once with notes, from then on by the notes.
 
     Args:
         key: all that `do` depends on but the tensors' pointers: layouts and alignment, devices, numbers.
@@ -89,20 +89,20 @@ def replayed(
         given: tensors, and others.
         slots, leaves: what gives statistics to slots finds them here.
     """
-    known = _known.get(key)
+    known = _known.get(key, 0)
     if callable(known):
         return known(slots, leaves, *given)
-    if known == SEEN:
+    if known == PLAIN:
         notes = Notes(given, slots)
         results = notes.take(do)
         if not notes.is_early:
             _known[key] = notes.replay(results) or NEVER
         return notes.given_back(results)
     results = do(*given)
-    if known is None:
-        if len(_known) >= MOST:
+    if known != NEVER:
+        if len(_known) >= MOST and not known:
             _known.clear()
-        _known[key] = SEEN
+        _known[key] = known + 1
     return results
 
 
@@ -138,5 +138,5 @@ def sign(x: Any) -> Hashable:
 
 
 def sign_of_other(x: Any) -> Hashable:
-    """The same of a number, a flag, a name: 1, 1.0 and True differ, and so do 0.0 and -0.0."""
-    return None if x is None else (type(x), x or str(x))
+    """The same of a number, a flag, a name: 1, 1.0 and True differ, and so do 0.0 and -0.0. A NaN is like any other."""
+    return None if x is None else (type(x), x if x and x == x else str(x))
