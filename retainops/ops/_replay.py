@@ -133,7 +133,7 @@ def sign(x: Any) -> Hashable:
     if kind is Tensor or kind is torch.nn.Parameter:
         return x.shape, x.stride(), x.dtype, x.data_ptr() % ALIGNED
     if kind is Unread:
-        return kind, x.shape, x.like.stride(), x.like.dtype
+        return kind, x.shape, x.strides, x.dtype
     return sign_of_other(x)
 
 

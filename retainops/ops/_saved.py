@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,8 +13,12 @@ class Unread:
     """In the place of an input on which no derivative depends: its layout, without its memory."""
 
     def __init__(self, x: torch.Tensor) -> None:
-        self.like = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
-        self.shape, self.dtype, self.device = x.shape, x.dtype, x.device
+        self.shape, self.strides, self.dtype, self.device = x.shape, x.stride(), x.dtype, x.device
+
+    @functools.cached_property
+    def like(self) -> torch.Tensor:
+        """A tensor of the layout, made when somebody looks: that takes longer than all the rest."""
+        return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device="meta")
 
     @staticmethod
     def of(x: torch.Tensor | None) -> Unread | None:
@@ -26,7 +31,7 @@ class Unread:
 
     def zeros(self) -> torch.Tensor:
         """A tensor of the shape, of one stored element, for a reference whose gradients do not depend on it."""
-        return torch.zeros((), dtype=self.like.dtype, device=self.device).expand(self.shape)
+        return torch.zeros((), dtype=self.dtype, device=self.device).expand(self.shape)
 
     def empty_like(self) -> torch.Tensor:
         """A new tensor laid out as the input."""
