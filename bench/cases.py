@@ -137,11 +137,13 @@ class Case:
         return self.variant
 
 
+AUTOTUNED = "torch.compile, max-autotune"
 THOROUGHLY = (
     *("mul_sin", "add_gelu", "swiglu", "softcap", "bias_dropout_add"),
     *("rms_norm", "softmax", "cross_entropy", "rope"),
 )
-"""The ops measured at every size, and against eager PyTorch: one of each kind. The others at the first size alone."""
+"""The ops measured at every size, and against eager PyTorch: one of each kind. The others at the first size alone.
+At that size these are compared with max-autotune, too, which takes long to compile."""
 
 
 def cases(op: Op, device: str, quick: bool = False, label: str = "", sample: Sample | None = None) -> Iterator[Case]:
@@ -154,6 +156,8 @@ def cases(op: Op, device: str, quick: bool = False, label: str = "", sample: Sam
         for job in jobs(op, size.kind):
             for variant in (*VARIANTS, *peers):
                 if variant == "eager" and op.name not in THOROUGHLY:
+                    continue
+                if variant == AUTOTUNED and (n or op.name not in THOROUGHLY or device != "cuda"):
                     continue
                 if _has(variant, job, size) and not (label and job.form):
                     yield Case(op, dtype, size, job, variant, label, sample)
@@ -267,15 +271,20 @@ def _eager(case: Case) -> Prepare:
 
 
 def _compiled(case: Case) -> Prepare:
-    return partial(_plain, _compile(case.op, case.label, case.dtype, case.size), case.job)
+    return partial(_plain, _compile(case.op, None, case.label, case.dtype, case.size), case.job)
+
+
+def _autotuned(case: Case) -> Prepare:
+    mode = "max-autotune-no-cudagraphs"
+    return partial(_plain, _compile(case.op, mode, case.label, case.dtype, case.size), case.job)
 
 
 @functools.lru_cache(maxsize=1)
-def _compile(op: Op, *tensors: Any) -> Callable[..., torch.Tensor]:
+def _compile(op: Op, mode: str | None, *tensors: Any) -> Callable[..., torch.Tensor]:
     """The reference, compiled for tensors of one shape and dtype; forward and backward share it."""
     # As in a program of fixed shapes. Without a reset dynamo gives up after a few of them.
     torch.compiler.reset()
-    return torch.compile(_reference(op), fullgraph=True, dynamic=False)
+    return torch.compile(_reference(op), fullgraph=True, dynamic=False, mode=mode)
 
 
 def _reference(op: Op) -> Callable[..., torch.Tensor]:
@@ -316,5 +325,6 @@ VARIANTS: Mapping[str, Callable[[Case], Prepare]] = {
     "retainops": _retainops,
     "eager": _eager,
     "torch.compile": _compiled,
+    AUTOTUNED: _autotuned,
     "copy": _copy,
 }

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 
-from bench.cases import DTYPES, MIB, VARIANTS, Case, Job, Size, peers_of
+from bench.cases import AUTOTUNED, DTYPES, MIB, VARIANTS, Case, Job, Size, peers_of
 from retainops.registry import find
 
 OPS = ("rms_norm", "layer_norm", "add_rms_norm", "softmax", "cross_entropy")
@@ -19,7 +19,7 @@ def bench_cases(device: str, quick: bool) -> Iterator[Case]:
                 size = Size(f"rows of {width}", "bandwidth", rows, width)
                 for job in (Job("forward"), Job("backward")):
                     for variant in (*VARIANTS, *peers_of(op)):
-                        if variant != "eager":
+                        if variant not in ("eager", AUTOTUNED):
                             yield Case(op, name, size, job, variant)
 
 

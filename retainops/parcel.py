@@ -19,17 +19,25 @@ from retainops.stats import MERGE
 
 
 class Parcel(torch.Tensor):
-    """To autograd a 0-dim float32 tensor; carries named tensors of any shape. Adding two merges them."""
+    """To autograd a 0-dim float32 tensor; carries named tensors of any shape. Adding two merges them.
+
+    Its device is what autograd compares with the carrier's. What it carries may be on another: a carrier is made before
+    anybody knows where the point will be.
+    """
 
     _names: tuple[str, ...]
     _op: str  # that gave them, for messages; not the point: a graph is one for all layers, whatever they are called
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
-    def __new__(cls, op: str, names: tuple[str, ...], parts: Sequence[torch.Tensor]) -> Parcel:
-        return torch.Tensor._make_wrapper_subclass(cls, (), dtype=torch.float32, device=parts[0].device)
+    def __new__(
+        cls, op: str, names: tuple[str, ...], parts: Sequence[torch.Tensor], device: torch.device | None = None
+    ) -> Parcel:
+        return torch.Tensor._make_wrapper_subclass(cls, (), dtype=torch.float32, device=device or parts[0].device)
 
-    def __init__(self, op: str, names: tuple[str, ...], parts: Sequence[torch.Tensor]) -> None:
+    def __init__(
+        self, op: str, names: tuple[str, ...], parts: Sequence[torch.Tensor], device: torch.device | None = None
+    ) -> None:
         self._op, self._names = op, names
         for name, part in zip(names, parts, strict=True):
             setattr(self, f"_{name}", part)
@@ -38,16 +46,22 @@ class Parcel(torch.Tensor):
         """The tensors it carries."""
         return {name: getattr(self, f"_{name}") for name in self._names}
 
+    def _like(self, device: torch.device | None = None) -> Parcel:
+        """Another one of the same parts."""
+        return Parcel(self._op, self._names, list(self.parts().values()), device or self.device)
+
     def __repr__(self) -> str:  # type: ignore[override]
         return f"Parcel({self.parts()})"
 
-    def __tensor_flatten__(self) -> tuple[list[str], tuple[str, tuple[str, ...]]]:
-        return [f"_{name}" for name in self._names], (self._op, self._names)
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[str, tuple[str, ...], torch.device]]:
+        return [f"_{name}" for name in self._names], (self._op, self._names, self.device)
 
     @staticmethod
-    def __tensor_unflatten__(inner: dict[str, torch.Tensor], meta: tuple[str, tuple[str, ...]], *_: Any) -> Parcel:
-        op, names = meta
-        return Parcel(op, names, [inner[f"_{name}"] for name in names])
+    def __tensor_unflatten__(
+        inner: dict[str, torch.Tensor], meta: tuple[str, tuple[str, ...], torch.device], *_: Any
+    ) -> Parcel:
+        op, names, device = meta
+        return Parcel(op, names, [inner[f"_{name}"] for name in names], device)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
@@ -56,7 +70,9 @@ class Parcel(torch.Tensor):
             return _add(*args[:2])
         # What autograd does to a gradient on its way to a leaf, and to a leaf on its way into a graph.
         if op in (aten.detach, aten.alias, aten.clone, aten.view, aten.new_empty_strided, aten.empty_like):
-            return Parcel(args[0]._op, args[0]._names, list(args[0].parts().values()))
+            return args[0]._like()
+        if op is aten._to_copy and (kwargs or {}).keys() <= {"device"}:  # to where the carrier is
+            return args[0]._like((kwargs or {}).get("device"))
         if op is aten.copy_:
             args[0].__init__(args[1]._op, args[1]._names, list(args[1].parts().values()))
             return args[0]
@@ -71,7 +87,7 @@ def _add(x: Parcel, y: Parcel) -> Parcel:
                 f"{x._op}: a point inside torch.compile was used with two shapes before one backward: "
                 f"{tuple(part.shape)} and {tuple(theirs[name].shape)}; give each use a slot of its own"
             )
-    return Parcel(x._op, x._names, [MERGE[name](part, theirs[name]) for name, part in ours.items()])
+    return Parcel(x._op, x._names, [MERGE[name](part, theirs[name]) for name, part in ours.items()], x.device)
 
 
 def pack(op: str, names: tuple[str, ...], *parts: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -15,6 +15,15 @@ from tests.attention_cases import CASES, eager, loss_of
 HEADS, WIDTH, KIB = 8, 16, 1024
 TILE = 1 << 13
 """Elements of a tile of scores: 32 KiB."""
+
+
+@pytest.fixture(autouse=True)
+def few_threads() -> Iterator[None]:
+    """PyTorch's attention on a CPU has buffers for each thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(min(threads, 2))
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

@@ -14,6 +14,7 @@ from torch._inductor.utils import run_and_get_code
 from torch.utils.checkpoint import checkpoint
 
 import retainops as ro
+from retainops import parcel
 from retainops.registry import find
 from retainops.stats import STATISTICS
 from tests.conftest import GPU, random_leaves
@@ -52,6 +53,17 @@ def request(want: ro.Stats | ro.Into | None = None) -> ro.Retained:
 def pair(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
     rand = random_leaves(DEVICE)
     return rand(*shape, dtype=dtype), rand(*shape[-1:], dtype=dtype)
+
+
+@pytest.fixture
+def carriers_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where CUDA is in use and tensors are on the CPU, or on the second GPU."""
+
+    def carrier() -> torch.Tensor:
+        parcel._let_dynamo_keep_pack()
+        return parcel.Parcel("", ("dense",), [torch.empty((), device="meta")]).requires_grad_()
+
+    monkeypatch.setattr(parcel, "carrier", carrier)
 
 
 def dc_of(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -352,3 +364,25 @@ def test_reduce_overhead() -> None:
         assert_near(kept.c.grad, dc_of(a, b))
         torch.testing.assert_close(kept.c.l2, dc_of(a, b).norm())
     assert counters["inductor"]["cudagraph_skips"] == 0
+
+
+@pytest.mark.usefixtures("carriers_elsewhere")
+@pytest.mark.parametrize("want", [None, ro.Stats("l2", "amax")], ids=str)
+@pytest.mark.parametrize("uses", [1, 2])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_slot_does_not_know_where_the_tensors_will_be(want: ro.Stats | None, uses: int, backend: str) -> None:
+    def call(a: torch.Tensor, b: torch.Tensor, kept: ro.Retained) -> torch.Tensor:
+        for _ in range(uses):
+            a = ro.mul_sin(a, b, retain=kept)
+        return a
+
+    a, b = pair(3, 5)
+    states = []
+    for run in (call, compiled(call, backend)):
+        kept = request(want)
+        run(a, b, kept).sum().backward()
+        states.append(kept.state())
+    eager, ours = states
+    assert eager.keys() == ours.keys()
+    for name, x in eager.items():
+        torch.testing.assert_close(ours[name], x)

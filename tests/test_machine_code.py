@@ -11,6 +11,7 @@ import triton.language as tl
 
 import retainops as ro
 from retainops.kernels.tiles import load, store, store_grad, tile
+from retainops.ops._walk import ELEMENTS
 from retainops.testing import static_report
 from retainops.testing.static import KernelReport
 
@@ -54,9 +55,9 @@ def reports(dtype: torch.dtype, n: int, retain: Callable = lambda: None, target:
     return static_report(backward_call(dtype, n, retain), target)
 
 
-def elements(dtype: torch.dtype) -> int:
-    """Of a tile."""
-    return 2048 if dtype.itemsize == 2 else 1024
+def warps(dtype: torch.dtype) -> int:
+    """Of a tile: so two accesses a thread, or four of float64."""
+    return 2 if dtype.itemsize == 2 else 4
 
 
 @pytest.mark.parametrize("n", LENGTHS.values(), ids=LENGTHS)
@@ -90,8 +91,9 @@ def test_retention_off_is_the_kernel_that_never_heard_of_it(dtype: torch.dtype, 
     def plain() -> None:
         from retainops.kernels.tiles import Operand
 
-        operands, block = [Operand(torch.empty(n, dtype=dtype), strides) for _ in range(5)], elements(dtype)
-        without_points_bwd_kernel[(-(-n // block),)](*operands, shape, held, 1, block, num_warps=4)
+        operands = [Operand(torch.empty(n, dtype=dtype), strides) for _ in range(5)]
+        grid = (-(-n // ELEMENTS),)
+        without_points_bwd_kernel[grid](*operands, shape, held, 1, ELEMENTS, num_warps=warps(dtype))
 
     (never,) = static_report(plain)
     assert backward.name == "mul_sin_bwd_kernel"
@@ -117,7 +119,7 @@ def test_one_more_store_for_the_retained_point_and_no_more_loads(dtype: torch.dt
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_accesses_of_16_bytes_at_any_length(dtype: torch.dtype, n: int) -> None:
     """A whole tile is accessed 128 bits at a time; only a ragged tile, one a tensor, is not."""
-    a_thread = elements(dtype) * dtype.itemsize // (4 * 32 * ACCESS)  # accesses for one tensor's tile, a thread
+    a_thread = ELEMENTS * dtype.itemsize // (warps(dtype) * 32 * ACCESS)  # accesses for one tensor's tile, a thread
     for report, tensors in zip(reports(dtype, n), [(2, 1), (3, 2)], strict=True):
         loads, stores = tensors
         copies = 2 if n % 16 == 0 else 1  # the masked code of an aligned length is 128 bits wide too

@@ -14,6 +14,7 @@ from retainops.ops import _fused
 from retainops.ops._check import refuses_dtypes
 from retainops.ops._plan import Plan, plan
 from retainops.ops._saved import Unread
+from retainops.ops._walk import Walk, walk
 from retainops.registry import Op, PointInfo
 from retainops.slots import Slot
 
@@ -47,6 +48,8 @@ class Pointwise:
         equal: from the place of an input to that of another one, or DY, which has the same gradient where none of them
             is broadcast: it is returned for both, as eager PyTorch does, and written once.
         narrow: makes those of its functions that are for results of 16 bits; default: `maths`.
+        one_access: which of "forward" and "backward" do best with one 128-bit access a thread to tensors of 16 bits: on
+            an H200 short functions that wait for exp2 and a division. Others want two under way.
     """
 
     def __init__(
@@ -56,12 +59,14 @@ class Pointwise:
         unread: Sequence[int] = (),
         equal: Mapping[int, int] | None = None,
         narrow: Maths | None = None,
+        one_access: Sequence[str] = (),
     ) -> None:
         self.maths = functools.cache(maths)
         self.narrow = functools.cache(narrow) if narrow else None
         self.grads = grads
         self.unread = unread
         self.equal = equal or {}
+        self.one_access = one_access
 
     def keeps(self, inputs: Sequence[Any], outputs: Sequence[torch.Tensor | None], values: bool) -> Sequence[Any]:
         unread = () if values else self.unread
@@ -85,8 +90,12 @@ class Pointwise:
     def forward(self, inputs: Sequence[Any], layout: Plan) -> tuple[torch.Tensor, ...]:
         y, x = layout.empty(), self.operands(inputs)
         kernel, constants = self.forward_kernel(len(x), y.dtype)
-        launch(kernel, y.shape, y.dtype, x, y, **constants)
+        launch(kernel, y.shape, y.dtype, x, y, walked=self.walk("forward"), **constants)
         return (y,)
+
+    def walk(self, direction: str) -> Callable[..., Walk]:
+        """How its tensors are walked."""
+        return functools.partial(walk, accesses=1) if direction in self.one_access else walk
 
     def functions(self, dtype: torch.dtype) -> tuple[Any, Any]:
         """FORWARD and BACKWARD for results of this dtype."""
@@ -120,7 +129,7 @@ class Pointwise:
         dc = tuple(_kept(op, inputs, slots, leaves, p.name, dy.shape) for p in op.points)
         # A kernel takes no empty tuple: one point that nobody asked for stands for none.
         kernel, constants = self.backward_kernel(len(x), len(dx), len(dc), dy.dtype)
-        launch(kernel, dy.shape, dy.dtype, x, dy, dx, dc or (None,), **constants)
+        launch(kernel, dy.shape, dy.dtype, x, dy, dx, dc or (None,), walked=self.walk("backward"), **constants)
         grads = self.returned(dx, inputs)
         for i, j in shared.items():
             grads[i] = dy if j == DY else grads[j]

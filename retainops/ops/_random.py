@@ -7,7 +7,7 @@ import torch
 _LOW = 0xFFFFFFFF
 _KEYS = (0x9E3779B9, 0xBB67AE85)
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-ROUNDS = 10
+ROUNDS = 7
 
 
 def new_seed(device: torch.device) -> torch.Tensor:
@@ -32,7 +32,7 @@ def uniform_at(seed: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 def philox(seed: torch.Tensor, counter: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The four 32-bit words of each counter, as int64; seed and counter are of 64 bits.
 
-    Source: Philox4x32-10, Salmon, Moraes, Dror and Shaw 2011, "Parallel random numbers: as easy as 1, 2, 3".
+    Source: Philox4x32-7, Salmon, Moraes, Dror and Shaw 2011, "Parallel random numbers: as easy as 1, 2, 3".
     """
     none = torch.zeros_like(counter)
     c0, c1, c2, c3 = counter & _LOW, _high(counter), none, none

@@ -32,6 +32,7 @@ def walk(
     summed: Sequence[torch.Size] = (),
     numbered: Sequence[torch.Size] = (),
     gradients: Sequence[torch.Size] = (),
+    accesses: int = 2,
 ) -> Walk:
     """Merge dims for a launch over `shape`.
 
@@ -42,6 +43,7 @@ def walk(
         numbered: shapes that broadcast to `shape`, whose elements are numbered.
         gradients: those of `summed` that are gradients of inputs. Where there are any they alone choose the tiles, so
             what else is retained changes no order of summation.
+        accesses: 128-bit accesses of a thread to each tensor of 16 bits, 1 or 2.
     """
     dense = all(t.shape == shape and t.is_contiguous() for t in tensors) and all(s == shape for s in numbered)
     if dense and all(s.numel() == 1 for s in summed):
@@ -54,8 +56,8 @@ def walk(
     sizes = tuple(size for _, size in merged)
     rows, columns = merged[-2][0], merged[-1][0]
     tall = any(_sums(x, shape, rows) and not _sums(x, shape, columns) for x in gradients or summed)
-    elements = ELEMENTS * (2 if max(t.element_size() for t in tensors) <= 2 else 1)
-    block, warps = _block(sizes[-2], sizes[-1], tall, elements)
+    narrow = max(t.element_size() for t in tensors) <= 2
+    block, warps = _block(sizes[-2], sizes[-1], tall, 4 // accesses if narrow else 4)
     programs = -(-sizes[-2] // block[0]) * -(-sizes[-1] // block[1])
     for size in sizes[:-2]:
         programs *= size
@@ -100,10 +102,10 @@ def _sums(small: torch.Size, shape: torch.Size, dims: tuple[int, ...]) -> bool:
 
 
 ELEMENTS = 1024
-"""Of a tile in 4 warps: 8 a thread, so two 128-bit accesses of float32. Of 16-bit tensors twice as many are two."""
+"""Of a tile. In 4 warps it is 8 a thread, so two 128-bit accesses of float32 or one of 16 bits; in 2 warps, two."""
 
 
-def _block(m: int, n: int, tall: bool, elements: int) -> tuple[tuple[int, int], int]:
+def _block(m: int, n: int, tall: bool, warps: int) -> tuple[tuple[int, int], int]:
     """(BLOCK_M, BLOCK_N) and warps.
 
     A sum over rows that keeps the columns wants tall tiles, since every tile leaves one partial row: 1/64 of the
@@ -112,10 +114,10 @@ def _block(m: int, n: int, tall: bool, elements: int) -> tuple[tuple[int, int], 
     if tall:
         return (min(64, power_of_2(m)), min(64, power_of_2(n))), 8
     if m == 1:
-        return (1, min(elements, power_of_2(n))), 4
+        return (1, min(ELEMENTS, power_of_2(n))), warps
     # Rows are cut where the last tile wastes the fewest lanes.
     block_n = min((1024, 512, 256), key=lambda b: (-(-n // b) * b, -b)) if n > 256 else power_of_2(n)
-    return (min(elements // block_n, power_of_2(m)), block_n), 4
+    return (min(ELEMENTS // block_n, power_of_2(m)), block_n), warps
 
 
 def power_of_2(n: int) -> int:

@@ -204,7 +204,7 @@ def bias_dropout_add(
     Example:
         >>> x = ro.bias_dropout_add(linear(x), bias, x, p=0.1)
 
-    Source: Srivastava et al. 2014; the fusion is Megatron-LM's (arXiv 2104.04473). Random numbers: Philox4x32-10.
+    Source: Srivastava et al. 2014; the fusion is Megatron-LM's (arXiv 2104.04473). Random numbers: Philox4x32-7.
     """
     if not isinstance(p, numbers.Real) or not 0 <= p <= 1:
         raise ValueError(f"bias_dropout_add: p is {p!r}; expected a probability, a number from 0 to 1")
@@ -304,7 +304,7 @@ MISH = pointwise(
     mish,
     "x * tanh(softplus(x))",
     mish_reference,
-    Pointwise(_maths("mish"), grads=1, narrow=_maths("mish", narrow=True)),
+    Pointwise(_maths("mish"), grads=1, narrow=_maths("mish", narrow=True), one_access=("backward",)),
     name="mish",
     points=_of("x", s="softplus(x)", t="tanh(s)"),
     sample=normal(1),

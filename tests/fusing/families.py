@@ -184,7 +184,7 @@ def step(model: nn.Module, inputs: dict[str, Any], seed: int = 5) -> dict[str, t
     out = model(**inputs)
     logits = out if isinstance(out, torch.Tensor) else out.logits
     generator = torch.Generator().manual_seed(9)
-    slope = torch.randn(logits.shape, generator=generator, dtype=torch.float64).to(logits.dtype) / logits.shape[-1]
+    slope = torch.randn(logits.shape, generator=generator, dtype=torch.float64).to(logits) / logits.shape[-1]
     loss = (logits * slope).float().sum()
     results = {"logits": logits.detach()}
     if getattr(out, "loss", None) is not None:
