@@ -47,30 +47,42 @@ def cross_entropy_fwd_kernel(
     i = tl.program_id(0)
     at = straight_tile(i, 0, SHAPE, BLOCK_M, BLOCK_N, DIVIDES)
     t = load(T, at, SHAPE, tl.int64, BLOCK_M, 1)
-    m = tl.full((BLOCK_M, 1), float("-inf"), DTYPE)
-    total = tl.zeros((BLOCK_M, 1), DTYPE)
+    # Maxima and sums are of what a thread reads at once, in each part of a row: until the end no thread waits.
+    access: tl.constexpr = 128 // X.ptr.dtype.element_ty.primitive_bitwidth
+    group: tl.constexpr = access if access < BLOCK_N else BLOCK_N
+    maxima = tl.full((BLOCK_M, BLOCK_N // group), float("-inf"), DTYPE)
+    totals = tl.zeros((BLOCK_M, BLOCK_N // group), DTYPE)
+    rests = tl.zeros((BLOCK_M, BLOCK_N // group), DTYPE)
     base = tl.zeros((BLOCK_M, 1), DTYPE)
-    rest = tl.zeros((BLOCK_M, 1), DTYPE)
-    if not WHOLE:
-        m = load(MAX, at, SHAPE, DTYPE, BLOCK_M, 1)
-        total = load(LOGSUM, at, SHAPE, DTYPE, BLOCK_M, 1)
-        rest = load(LOSS, at, SHAPE, DTYPE, BLOCK_M, 1)
     for n in range(0, SHAPE[-1], BLOCK_N):
         here = straight_tile(i, n, SHAPE, BLOCK_M, BLOCK_N, DIVIDES)
         x = load(X, here, SHAPE, DTYPE, BLOCK_M, BLOCK_N)
         z, _slope = softcapped(x, CAP, here, SHAPE, DTYPE, BLOCK_M, BLOCK_N, CAPPED)
         if not DIVIDES:
             z = tl.where(columns_inside(here, SHAPE, BLOCK_N), z, float("-inf"))
-        above = tl.maximum(m, tl.max(z, axis=1, keep_dims=True))
-        total = total * tl.exp(m - finite(above)) + tl.sum(tl.exp(z - finite(above)), axis=1, keep_dims=True)
-        m = above
+        grouped = in_groups(z, BLOCK_M, BLOCK_N, group)
+        above = tl.maximum(maxima, tl.max(grouped, axis=2))
+        known = finite(above)
+        totals = totals * exp_in_sum(maxima - known) + tl.sum(exp_in_sum(grouped - known[:, :, None]), axis=2)
+        maxima = above
         if SMOOTHED:
-            if WHOLE:  # differences from a number near the maximum: a large one in all logits would cancel
-                base = tl.where(n == 0, finite(above), base)
+            # Differences from a number near the maximum: a large one in all logits would cancel.
+            if WHOLE:  # noqa: SIM102  (one is known to the compiler, the other to the program)
+                if n == 0:
+                    base = finite(tl.max(above, axis=1, keep_dims=True))
             terms = weighted(W, z - base, here, SHAPE, DTYPE, BLOCK_M, BLOCK_N)
             if not DIVIDES:
                 terms = tl.where(columns_inside(here, SHAPE, BLOCK_N), terms, 0.0)
-            rest += tl.sum(terms, axis=1, keep_dims=True)
+            rests += tl.sum(in_groups(terms, BLOCK_M, BLOCK_N, group), axis=2)
+    m = tl.max(maxima, axis=1, keep_dims=True)
+    if not WHOLE:
+        before = load(MAX, at, SHAPE, DTYPE, BLOCK_M, 1)
+        m = tl.maximum(m, before)
+    total = tl.sum(totals * exp_in_sum(maxima - finite(m)), axis=1, keep_dims=True)
+    rest = tl.sum(rests, axis=1, keep_dims=True)
+    if not WHOLE:
+        total += load(LOGSUM, at, SHAPE, DTYPE, BLOCK_M, 1) * exp_in_sum(before - finite(m))
+        rest += load(LOSS, at, SHAPE, DTYPE, BLOCK_M, 1)
     # After the loop: the load waits for that of t, and what waits for it in the program's order waits, too.
     picked = logit_of_target(X, t, CAP, at, FIRST, SHAPE, DTYPE, BLOCK_M, BLOCK_N, CAPPED)
     there = (t >= FIRST) & (t - FIRST < SHAPE[-1])
@@ -231,6 +243,21 @@ def weighted(W, x, at, SHAPE, DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_
     if W.ptr is not None:
         x = x * load(W, at, SHAPE, DTYPE, BLOCK_M, BLOCK_N)
     return x
+
+
+@triton.jit
+def in_groups(x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
+    """A tile with its neighbours along a dim of their own."""
+    return tl.reshape(tl.broadcast_to(x, (BLOCK_M, BLOCK_N)), (BLOCK_M, BLOCK_N // GROUP, GROUP))
+
+
+@triton.jit
+def exp_in_sum(x):
+    """exp(x), x <= 0, to be added to a 1. In float32 below 2**-126 it is 0, and so there is no slow path."""
+    if x.dtype == tl.float32:
+        return tl.exp2(1.4426950408889634 * x)  # 1 / log(2)
+    else:
+        return tl.exp(x)
 
 
 @triton.jit
