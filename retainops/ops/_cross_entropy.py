@@ -22,7 +22,8 @@ if HAS_TRITON:
     # Each row's own numbers take registers and instructions of every thread, so a thread has many elements.
     NARROW = Tiling(widest=512, elements=1024, chunk=512)
     MIDDLE = Tiling(widest=1024, elements=1024, chunk=1024, a_thread=32)  # a warp a row: no barriers
-    WIDE = Tiling(widest=8192, elements=1024, chunk=8192, a_thread=32)
+    BROAD = Tiling(widest=2048, elements=2048, chunk=2048)
+    WIDE = Tiling(widest=4096, elements=4096, chunk=4096)
     BACKWARD = Tiling(widest=1024, elements=1024, chunk=1024)  # elementwise
 
 Tensor = torch.Tensor
@@ -115,7 +116,8 @@ class Loss(NamedTuple):
 def rows_forward(logits: Tensor, loss: Loss, whole: bool = True) -> None:
     """Write the loss's rows; or, where the logits are not the whole rows, bring them up to date."""
     held, n = loss.rows.max.dtype, logits.shape[-1]
-    tiling = next((t for t, widest in ((NARROW, 512), (MIDDLE, 8192)) if n <= widest), WIDE).held_in(held)
+    cuts = (NARROW, 512), (MIDDLE, 8192), (BROAD, 16384)
+    tiling = next((t for t, widest in cuts if n <= widest), WIDE).held_in(held)
     launch(
         kernels.cross_entropy_fwd_kernel,
         logits.shape,

@@ -27,7 +27,8 @@ if HAS_TRITON:
     FORWARD_OF_WIDE = Tiling(widest=16384, elements=16384, chunk=16384, a_thread=64)
     FORWARD_OF_WIDER = Tiling(widest=32768, elements=32768, chunk=16384, a_thread=32)  # in 32 warps, of 64 registers
     FORWARD_IN_CHUNKS = Tiling(widest=0, elements=16384, chunk=16384, a_thread=32)
-    FORWARD_OF_SUM_IN_CHUNKS = Tiling(widest=0, elements=8192, chunk=8192, a_thread=16)
+    FORWARD_IN_SHORT_CHUNKS = Tiling(widest=0, elements=8192, chunk=8192, a_thread=16)
+    FORWARD_IN_EIGHTS = Tiling(widest=1024, elements=1024, chunk=1024, a_thread=8)
     FORWARD_UNALIGNED = Tiling(widest=8192, elements=2048, chunk=4096, a_thread=32)
     BACKWARD = Tiling(widest=4096, elements=4096, chunk=2048)
     BACKWARD_IN_4_WARPS = BACKWARD._replace(a_thread=32)
@@ -38,14 +39,17 @@ if HAS_TRITON:
 Tensor = torch.Tensor
 
 
-def forward_tiling(n: int, held: torch.dtype, centred: bool, residual: bool) -> Tiling:
-    """How forward cuts rows of n."""
+def forward_tiling(n: int, x: torch.dtype, held: torch.dtype, centred: bool, residual: bool) -> Tiling:
+    """How forward cuts rows of n: as was fastest on an H200 (docs/performance.md)."""
     if n % ALIGNED:
         return FORWARD_UNALIGNED.held_in(held)
+    if 512 < n <= 1024 and x == torch.float32 and centred and not residual:
+        return FORWARD_IN_EIGHTS
     simple = not (centred or residual) and held == torch.float32  # x and a weight are all that it has in hand
     whole = (FORWARD, FORWARD_OF_WIDE, *([FORWARD_OF_WIDER] if simple else []))
     fitting = (tiling.held_in(held) for tiling in whole if n <= tiling.held_in(held).widest)
-    return next(fitting, (FORWARD_OF_SUM_IN_CHUNKS if residual else FORWARD_IN_CHUNKS).held_in(held))
+    short = residual or (centred and x.itemsize == 2)
+    return next(fitting, (FORWARD_IN_SHORT_CHUNKS if short else FORWARD_IN_CHUNKS).held_in(held))
 
 
 def backward_tiling(n: int, x: torch.dtype, held: torch.dtype, centred: bool) -> Tiling:
@@ -57,7 +61,8 @@ def backward_tiling(n: int, x: torch.dtype, held: torch.dtype, centred: bool) ->
     narrow, wide = BACKWARD.held_in(held), BACKWARD_OF_WIDE.held_in(held)
     if n % ALIGNED:
         return narrow
-    if 512 < n <= 1024 and held == torch.float32 and (centred or x.itemsize == 2):
+    short = x.itemsize == 2
+    if (centred or short) and 512 < n <= (2048 if centred and short else 1024) and held == torch.float32:
         return BACKWARD_IN_4_WARPS
     return wide if narrow.widest < n <= wide.widest else narrow
 
@@ -96,7 +101,7 @@ class Norm:
         summed, held, n = outputs[1] if self.residual else None, layout.points["xhat"][1], x.shape[-1]
         rstd = torch.empty((*x.shape[:-1], 1), dtype=held, device=x.device)
         mean = torch.empty_like(rstd) if self.centred else None
-        tiling = forward_tiling(n, held, self.centred, self.residual)
+        tiling = forward_tiling(n, x.dtype, held, self.centred, self.residual)
         launch(
             kernels.norm_fwd_kernel,
             x.shape,

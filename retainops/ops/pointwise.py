@@ -38,6 +38,8 @@ UNARY: dict[str, tuple[str, Callable[[torch.Tensor], torch.Tensor]]] = {
 
 ONE_ACCESS = ("gelu", "gelu_tanh", "silu")
 """Those that are a product with a quotient, whose forward does best with one access a thread: see `Pointwise`."""
+ONE_ACCESS_OF_QUOTIENTS = (*ONE_ACCESS, "sigmoid", "exp")
+"""The same of a / b."""
 
 BINARY: dict[str, tuple[str, Callable[[Any, Any], Any]]] = {
     "mul": ("a * b", operator.mul),
@@ -102,7 +104,7 @@ def unary_of_binary(binary: str, unary: str) -> Op:
             grads=2,
             equal={1: 0} if binary == "add" else None,
             narrow=_maths(binary, unary, narrow=True),
-            one_access=("forward",) if unary in ONE_ACCESS else (),
+            one_access=("forward",) if unary in (ONE_ACCESS_OF_QUOTIENTS if binary == "div" else ONE_ACCESS) else (),
         ),
         name=op.__name__,
         points=[PointInfo("c", inner, "broadcast of a and b")],
