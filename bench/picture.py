@@ -7,20 +7,21 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from bench.cases import AUTOTUNED
 from bench.record import Row, Run
 from bench.report import Figures, duration
 
 SIZE = "64 MiB"  # the size shown, where it was measured; else the largest
-PANELS = ("forward", "backward", "backward, interior gradient retained\n(1.20x: over backward without)")
+PANELS = ("forward", "backward", "backward, a gradient retained\n(1.20x: over backward without)")
 MOST = 1.08  # longer bars end here; their figure stands beside them
-COLOURS = {"retainops": "#1b6ca8", "torch.compile": "#e0952f", "eager": "#9aa5b1"}
+COLOURS = {"retainops": "#1b6ca8", "torch.compile": "#e0952f", AUTOTUNED: "#f0c27d", "eager": "#9aa5b1"}
 REFERENCE_COLOUR = "#8fbbdc"  # retainops where the kernels could not run
 PEER_COLOUR = "#4f9d69"
 
 
 def draw(run: Run, path: Path) -> None:
     """Save the picture as PNG."""
-    figure(run).savefig(path, dpi=150)
+    figure(run).savefig(path, dpi=110)
 
 
 def figure(run: Run) -> Figure:
@@ -35,7 +36,7 @@ def figure(run: Run) -> Figure:
         rows = _shown([r for r in run.rows if (r.op, r.dtype, r.label) == (op, dtype, "")])
         for n, ax in enumerate(row_of_axes):
             _bars(ax, [r for r in rows if _panel(r) == n], figures)
-        row_of_axes[0].set_ylabel(f"{op} {dtype}", fontweight="bold", fontsize=11)
+        row_of_axes[0].set_ylabel(f"{op}\n{dtype}", fontweight="bold", fontsize=10)
     for ax, title in zip(axes[0], PANELS, strict=True):
         ax.set_title(title, fontsize=11)
     for ax in axes[-1]:

@@ -49,7 +49,8 @@ class Pointwise:
             is broadcast: it is returned for both, as eager PyTorch does, and written once.
         narrow: makes those of its functions that are for results of 16 bits; default: `maths`.
         one_access: which of "forward" and "backward" do best with one 128-bit access a thread to tensors of 16 bits: on
-            an H200 short functions that wait for exp2 and a division. Others want two under way.
+            an H200 short functions that take 32 registers or fewer then, and more with two. (In backward that makes
+            twice as many shares of statistics, which cost more than it gains.)
     """
 
     def __init__(

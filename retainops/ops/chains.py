@@ -304,7 +304,7 @@ MISH = pointwise(
     mish,
     "x * tanh(softplus(x))",
     mish_reference,
-    Pointwise(_maths("mish"), grads=1, narrow=_maths("mish", narrow=True), one_access=("backward",)),
+    Pointwise(_maths("mish"), grads=1, narrow=_maths("mish", narrow=True)),
     name="mish",
     points=_of("x", s="softplus(x)", t="tanh(s)"),
     sample=normal(1),
