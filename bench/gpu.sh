@@ -5,7 +5,9 @@
 #     bash bench/gpu.sh
 #
 # PYTHON names the interpreter (default python3); it needs torch, triton, pytest, pytest-xdist, hypothesis,
-# pytest-benchmark, matplotlib and rich. Nine files go to ${OUT:-out}/gpu-<name>-<date>/. A step that fails does not stop the next one.
+# pytest-benchmark, matplotlib and rich. Ten files go to ${OUT:-out}/gpu-<name>-<date>/. A step that fails does not stop the
+# next one. SUITE=900 gives the whole test suite 15 minutes, in place of one, which is what it gets after the tests that are
+# about a GPU alone.
 # Status: 0, 1 where a step failed, 2 where there is no GPU.
 set -u
 here=$PWD
@@ -46,7 +48,11 @@ state() {
 began=$SECONDS
 state >"$folder/summary.txt"
 workers=$(nproc)
-step tests 160 "$python" -m pytest tests -q -n "$workers" -p no:cacheprovider --durations=10
+about_a_gpu="tests/test_gpu.py tests/test_gpu_attention.py tests/test_attention_gpu.py tests/test_replay.py"
+# shellcheck disable=SC2086
+step gpu_tests 100 "$python" -m pytest $about_a_gpu -q -n "$workers" -p no:cacheprovider --durations=10
+# The whole suite takes longer: a quarter of it took 16 slow cores 3 minutes.
+step tests "${SUITE:-60}" "$python" -m pytest tests -q -n "$workers" -p no:cacheprovider --durations=10
 step check 50 "$python" -c '
 import sys, torch
 from retainops.cli.sweep import paths, sweep  # what `retainops check` runs, without the library of its command line
@@ -70,7 +76,7 @@ echo "== report"
 timeout --kill-after=5 20 "$python" -m bench.report "$folder" || failed+=("report")
 if [ ${#failed[@]} -gt 0 ]; then
     echo "== failed: ${failed[*]}" | tee -a "$folder/summary.txt"
-    grep -hE '^(FAILED|ERROR)|FAILED$' "$folder/tests.log" "$folder/check.log" "$folder/bench.log" | head -n 40
+    grep -hE '^(FAILED|ERROR)|FAILED$' "$folder/gpu_tests.log" "$folder/tests.log" "$folder/check.log" "$folder/bench.log" | head -n 40
 fi
 echo "== everything is in $folder"
 [ ${#failed[@]} = 0 ]

@@ -511,12 +511,12 @@ def test_the_gpu_script_goes_on_past_failures_and_names_them(tmp_path: Path) -> 
     done = subprocess.run(["bash", "bench/gpu.sh"], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr
     asked = [line.split()[1] for line in (tmp_path / "asked").read_text().splitlines() if line.startswith("-m")]
-    assert asked == ["pytest", "bench.run", "bench.attention_time", "bench.report"]
-    assert "failed: tests (status 1) check (status 124)" in done.stdout
+    assert asked == ["pytest", "pytest", "bench.run", "bench.attention_time", "bench.report"]
+    assert "failed: gpu_tests (status 1) tests (status 1) check (status 124)" in done.stdout
     assert "FAILED tests/test_x.py::test_y" in done.stdout
     assert "the table" in done.stdout
     (folder,) = (tmp_path / "out").iterdir()
     assert folder.name.startswith("gpu-nvidia-made-up-")
     assert {p.name for p in folder.iterdir()} == {
-        *("summary.txt", "tests.log", "check.log", "bench.log", "attention.log")
+        *("summary.txt", "gpu_tests.log", "tests.log", "check.log", "bench.log", "attention.log")
     }
