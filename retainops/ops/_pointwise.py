@@ -94,9 +94,9 @@ class Pointwise:
         launch(kernel, y.shape, y.dtype, x, y, walked=self.walk("forward"), **constants)
         return (y,)
 
-    def walk(self, direction: str) -> Callable[..., Walk]:
-        """How its tensors are walked."""
-        return functools.partial(walk, accesses=1) if direction in self.one_access else walk
+    def walk(self, direction: str) -> Callable[..., Walk] | None:
+        """How its tensors are walked, if not by default."""
+        return functools.partial(walk, accesses=1) if direction in self.one_access else None
 
     def functions(self, dtype: torch.dtype) -> tuple[Any, Any]:
         """FORWARD and BACKWARD for results of this dtype."""
