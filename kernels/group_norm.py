@@ -94,11 +94,11 @@ def group_norm_bwd_kernel(
     g = load(DY, at, SHAPE, DTYPE, BLOCK_M, BLOCK_N)
     if W.ptr is not None:
         g *= load(W, at, SHAPE, DTYPE, BLOCK_M, BLOCK_N)
-    retain(DXHAT, g, xhat, at, SHAPE, BLOCK_M, BLOCK_N)
     if DX.ptr is not None:
         along = load(ALONG, at, SHAPE, DTYPE, BLOCK_M, BLOCK_N)
         level = load(LEVEL, at, SHAPE, DTYPE, BLOCK_M, BLOCK_N)
         store_grad(DX, (g - level - xhat * along) * rstd, at, SHAPE, BLOCK_M, BLOCK_N)
+    retain(DXHAT, g, xhat, at, SHAPE, BLOCK_M, BLOCK_N)
 
 
 @triton.jit

@@ -25,7 +25,8 @@ class Stats(NamedTuple):
     hist: Any = None  # 256 counts a tile
     strides: tuple = (None, None)  # as in Operand, in statistics
     tiles: tuple = (None, None)
-    by_warp: Any = None  # 1: each of a tile's WARPS warps leaves a share of its own
+    by_warp: Any = None  # 1: each of a tile's warps leaves a share of its own
+    two_warps: Any = None  # 1: there are two of them, None: four
 
 
 class Retained(NamedTuple):
@@ -40,9 +41,8 @@ class Retained(NamedTuple):
     seed: Any = None
 
 
-WARPS: tl.constexpr = tl.constexpr(4)
-"""Of a program whose warps leave a share each, so that none waits for another."""
 LANES: tl.constexpr = tl.constexpr(32)
+"""Of a warp."""
 
 
 @triton.jit
@@ -58,35 +58,47 @@ def retain(DC, dc, c, at, SHAPE, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 @triton.jit
 def take_stats(S, g, c, at, SHAPE, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """This tile's share of each statistic of g, from g before it is rounded."""
-    # Outside SHAPE g need not be 0: an operand that is broadcast is not masked.
-    ok = lanes_inside(at, SHAPE, BLOCK_M, BLOCK_N)
-    wide = tl.where(ok, tl.broadcast_to(g, (BLOCK_M, BLOCK_N)), 0.0)
+    g, product = tl.broadcast_to(g, (BLOCK_M, BLOCK_N)), tl.broadcast_to(g * c, (BLOCK_M, BLOCK_N))
+    if at[3]:  # a copy of g for every lane would take registers, and nothing is masked
+        leave_shares(S, g, product, None, at, SHAPE, BLOCK_M, BLOCK_N)
+    else:
+        # Outside SHAPE g need not be 0: an operand that is broadcast is not masked.
+        ok = lanes_inside(at, SHAPE, BLOCK_M, BLOCK_N)
+        g, product = tl.where(ok, g, 0.0), tl.where(ok, product, 0.0)
+        leave_shares(S, g, product, ok, at, SHAPE, BLOCK_M, BLOCK_N)
+
+
+@triton.jit
+def leave_shares(S, g, product, ok, at, SHAPE, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """`take_stats` of g and g * c that are 0 outside SHAPE; ok: which lanes are inside, None: all."""
     if S.sumsq is not None:
-        leave_sum(S.sumsq, S, wide * wide, at, SHAPE, BLOCK_M, BLOCK_N)
+        leave_sum(S.sumsq, S, g * g, at, SHAPE, BLOCK_M, BLOCK_N)
     if S.sum is not None:
-        leave_sum(S.sum, S, wide, at, SHAPE, BLOCK_M, BLOCK_N)
+        leave_sum(S.sum, S, g, at, SHAPE, BLOCK_M, BLOCK_N)
     if S.abs_sum is not None:
-        leave_sum(S.abs_sum, S, tl.abs(wide), at, SHAPE, BLOCK_M, BLOCK_N)
+        leave_sum(S.abs_sum, S, tl.abs(g), at, SHAPE, BLOCK_M, BLOCK_N)
     if S.act_grad is not None:
-        product = tl.where(ok, tl.broadcast_to(g * c, (BLOCK_M, BLOCK_N)), 0.0)
         leave_sum(S.act_grad, S, product, at, SHAPE, BLOCK_M, BLOCK_N)
     if S.amax is not None:
         # As integers, magnitudes order as they do as floats, and nan is above inf: a float maximum may drop it.
-        bits = magnitude_bits(wide)
+        bits = magnitude_bits(g)
         if S.by_warp is not None:
-            share = tl.max(tl.max(tl.max(of_warps(bits, BLOCK_N), axis=3), axis=0), axis=1)
-            leave_of_warps(S.amax, share.to(wide.dtype, bitcast=True), at, SHAPE, BLOCK_M, BLOCK_N)
+            share = tl.max(tl.max(tl.max(of_warps(S, bits, BLOCK_N), axis=3), axis=0), axis=1)
+            leave_of_warps(S.amax, share.to(g.dtype, bitcast=True), at, SHAPE, BLOCK_M, BLOCK_N)
         else:
-            share = share_of_max(S, bits).to(wide.dtype, bitcast=True)
+            share = share_of_max(S, bits).to(g.dtype, bitcast=True)
             store_share(S.amax, S, share, at, SHAPE, BLOCK_M, BLOCK_N)
     if S.nonfinite is not None:
-        is_nonfinite = magnitude_bits(wide.to(tl.float32)) >= 0x7F800000
-        if wide.dtype == tl.float64:
-            is_nonfinite = magnitude_bits(wide) >= 0x7FF0000000000000
+        is_nonfinite = magnitude_bits(g.to(tl.float32)) >= 0x7F800000
+        if g.dtype == tl.float64:
+            is_nonfinite = magnitude_bits(g) >= 0x7FF0000000000000
         leave_sum(S.nonfinite, S, is_nonfinite.to(tl.int32), at, SHAPE, BLOCK_M, BLOCK_N)
     if S.hist is not None:
-        bins = tl.reshape(magnitude_bits(wide.to(tl.float32)) >> 23, (BLOCK_M * BLOCK_N,))
-        counts = tl.histogram(bins, 256, mask=tl.reshape(ok, (BLOCK_M * BLOCK_N,)))
+        bins = tl.reshape(magnitude_bits(g.to(tl.float32)) >> 23, (BLOCK_M * BLOCK_N,))
+        if ok is None:
+            counts = tl.histogram(bins, 256)
+        else:
+            counts = tl.histogram(bins, 256, mask=tl.reshape(ok, (BLOCK_M * BLOCK_N,)))
         tl.store(S.hist + tile_number(at, SHAPE, BLOCK_M, BLOCK_N) * 256 + tl.arange(0, 256), counts)
 
 
@@ -94,24 +106,26 @@ def take_stats(S, g, c, at, SHAPE, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr)
 def leave_sum(P, S, x, at, SHAPE, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Leave the tile's share of a sum at P, or those of its warps."""
     if S.by_warp is not None:
-        share = tl.sum(tl.sum(tl.sum(of_warps(x, BLOCK_N), axis=3), axis=0), axis=1)
+        share = tl.sum(tl.sum(tl.sum(of_warps(S, x, BLOCK_N), axis=3), axis=0), axis=1)
         leave_of_warps(P, share, at, SHAPE, BLOCK_M, BLOCK_N)
     else:
         store_share(P, S, share_of_sum(S, x), at, SHAPE, BLOCK_M, BLOCK_N)
 
 
 @triton.jit
-def of_warps(x, BLOCK_N: tl.constexpr):
+def of_warps(S, x, BLOCK_N: tl.constexpr):
     """A tile of one row by (access of a thread, warp, lane, element): threads have two 128-bit accesses each.
 
     If Triton lays the tile out in another way this is as right, and slower: warps wait for each other then.
     """
+    WARPS: tl.constexpr = 2 if S.two_warps is not None else 4
     return tl.reshape(x, (2, WARPS, LANES, BLOCK_N // (2 * WARPS * LANES)))
 
 
 @triton.jit
 def leave_of_warps(P, share, at, SHAPE, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Leave a share for each warp at P: lane 0 of each does."""
+    WARPS: tl.constexpr = share.shape[0]
     warp, lane = tl.arange(0, WARPS)[:, None], tl.arange(0, LANES)[None, :]
     # Addresses of the other lanes, which store nothing, are neighbours: so Triton lays lanes out along this dim.
     p = P + tile_number(at, SHAPE, BLOCK_M, BLOCK_N) * WARPS + warp + lane

@@ -59,10 +59,11 @@ def pointwise_bwd_kernel(
     x = load_each(X, INPUTS, at, SHAPE, DTYPE, BLOCK_M, BLOCK_N)
     dy = load(DY, at, SHAPE, DTYPE, BLOCK_M, BLOCK_N)
     dx, c, dc = BACKWARD(*x, dy)
-    for i in tl.static_range(POINTS):
-        retain(DC[i], dc[i], c[i], at, SHAPE, BLOCK_M, BLOCK_N)
     for i in tl.static_range(GRADS):
         store_grad(DX[i], dx[i], at, SHAPE, BLOCK_M, BLOCK_N)
+    # Last, when what the gradients need is out of the registers.
+    for i in tl.static_range(POINTS):
+        retain(DC[i], dc[i], c[i], at, SHAPE, BLOCK_M, BLOCK_N)
 
 
 def unary_of_binary(name, unary, unary_grad, binary, binary_grad):

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+import retainops as ro
 from retainops.registry import find
 from retainops.testing import static_report
 from retainops.testing.driver import driver
@@ -82,6 +83,22 @@ def test_only_what_must_move_moves_and_a_point_is_one_more_store(name: str) -> N
     assert_moves(on, read, written + len(find(name).points))
     assert on.loads == off.loads
     assert off.machine_code != on.machine_code
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", [name for name in OPS if widening(name) == 1])
+def test_no_warp_waits_for_statistics(name: str, dtype: torch.dtype) -> None:
+    """Of dense tensors: each warp leaves a share, so there is no barrier. (The halves of a packed one are not dense.)"""
+    op, inputs = find(name), sample(name, "cpu", dtype, (4096,))
+    kept = ro.Retained(**{op.points[0].name: ro.Stats("l2", "abs_sum", "amax", "nonfinite", "act_grad")})
+
+    def call() -> None:
+        torch.autograd.grad(op.call(*inputs, retain=kept), leaves(inputs), torch.ones(4096, dtype=dtype))
+
+    backward = static_report(call)[-1]
+    assert_no_spills(backward)
+    assert (backward.mix["BAR"], backward.shared) == (0, 0), str(backward)
+    assert backward.mix["SHFL"] > 0  # so statistics there are
 
 
 @pytest.mark.parametrize(

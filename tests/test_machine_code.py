@@ -135,17 +135,17 @@ def test_a_gradient_not_needed_is_not_stored() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_statistics_add_under_a_thousandth_of_the_bytes(dtype: torch.dtype) -> None:
+def test_statistics_add_two_thousandths_of_the_bytes(dtype: torch.dtype) -> None:
     n = 1 << 20
     plain = reports(dtype, n)[-1]
     kept = reports(dtype, n, lambda: ro.Retained(c=ro.Stats("l2", "amax")))[-1]
     assert (kept.spill_stores, kept.spill_loads) == (0, 0)
     assert kept.loads == plain.loads
     assert kept.stores["STG.128"] == plain.stores["STG.128"]
-    # What is stored beside: one float32 a statistic and tile of 1024 elements, of which five tensors are moved.
-    shares, moved = 2 * 4, 5 * 1024 * dtype.itemsize
+    # Stored beside: one float32 a statistic and warp of a tile of 1024 elements, of which five tensors are moved.
+    shares, moved = 2 * 4 * warps(dtype), 5 * 1024 * dtype.itemsize
     assert sum(kept.stores.values()) - sum(plain.stores.values()) <= 4  # predicated to one lane, in two places
-    assert shares / moved < 0.001
+    assert shares / moved < 0.002
 
 
 @pytest.mark.parametrize("target", ["gfx942"])

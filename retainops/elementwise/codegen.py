@@ -166,14 +166,17 @@ class _Gradients:
         self.read: set[Node] = set()
 
     def lines(self, used: list[Node]) -> list[str]:
-        """First all gradients, then all that is written: stores branch, and arithmetic between them could not move."""
+        """First all gradients, then all that is written: stores branch, and arithmetic between them could not move.
+
+        Points last, when what the inputs' gradients need is out of the registers.
+        """
         steps = [node for node in reversed(self._traced.steps) if node in self._traced.graded]
         inputs = [node for node in used if node in self._traced.graded]
         points = list(self._traced.names.values())
         computed = [line for node in [*steps, *inputs] for line in self._computed(node, node in points)]
         retained = (f"DC[{i}], {self._of[node]}, {self._variables[node]}" for i, node in enumerate(points))
         stored = (f"DX[{i}], {self._of[node]}" for i, node in enumerate(inputs))
-        return [*computed, *(f"retain({x}, {_AT})" for x in retained), *(f"store_grad({x}, {_AT})" for x in stored)]
+        return [*computed, *(f"store_grad({x}, {_AT})" for x in stored), *(f"retain({x}, {_AT})" for x in retained)]
 
     def _computed(self, node: Node, is_point: bool) -> Iterable[str]:
         gradient = sum_of(self._shares[node])

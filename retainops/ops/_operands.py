@@ -13,7 +13,6 @@ from typing import Any, NamedTuple, cast
 
 import torch
 
-from retainops.kernels.points import WARPS as _WARPS
 from retainops.kernels.points import Retained, Stats
 from retainops.kernels.tiles import Operand
 from retainops.ops._saved import Unread
@@ -22,7 +21,6 @@ from retainops.slots import Slot
 from retainops.stats import HIST_BINS, Part, Shared, count, parts_of
 from retainops.stats import Stats as Asked
 
-WARPS = _WARPS.value
 NOTHING = Operand(None, ())
 ZERO = Operand(None, (), number=0.0)
 NO_STATS = Stats()
@@ -201,16 +199,17 @@ class Kept:
         """Strides of the gradient, where shares of statistics go, and how many tiles there are."""
         strides = () if self.tensor is None else strides_of(way, self.broadcast, self.tensor)
         if self.stats is None:
-            return strides, None, None, None
+            return strides, None, None, (None, None)
         sums, tiles = shares(way, self.broadcast, self.summed[0]), way.grid[0]
-        by_warp = sums.size == 1 and sums.rows == tiles and way.block[0] == 1 and way.warps == WARPS
+        by_warp = sums.size == 1 and sums.rows == tiles and way.block[0] == 1 and way.warps in (2, 4)
         # Two accesses of each of 32 lanes; of float64 it takes more, and the trick fails.
-        by_warp = by_warp and way.block[1] >= 64 * WARPS and self.dtype != torch.float64
-        return strides, sums._replace(rows=tiles * WARPS) if by_warp else sums, tiles, 1 if by_warp else None
+        if not by_warp or way.block[1] < 64 * way.warps or self.dtype == torch.float64:
+            return strides, sums, tiles, (None, None)
+        return strides, sums._replace(rows=tiles * way.warps), tiles, (1, 1 if way.warps == 2 else None)
 
     def operand(self, place: Any, held: torch.dtype) -> Retained:
         """What the kernel writes to."""
-        strides, sums, grid, by_warp = place
+        strides, sums, grid, (by_warp, two_warps) = place
         if sums is None or self.stats is None:
             return Retained(self.tensor, strides, 1 if self.accumulate else None, NO_STATS)
         rows, size, at, tiles = sums
@@ -220,7 +219,8 @@ class Kept:
             elif part != "count":
                 dtype = torch.int32 if part == "nonfinite" else held
                 self.partials[part] = torch.empty((rows, size), dtype=dtype, device=self.device)
-        return Retained(self.tensor, strides, None, Stats(**self.partials, strides=at, tiles=tiles, by_warp=by_warp))
+        stats = Stats(**self.partials, strides=at, tiles=tiles, by_warp=by_warp, two_warps=two_warps)
+        return Retained(self.tensor, strides, None, stats)
 
     def finish(self) -> torch.Tensor | None:
         """Tell the slot what was written, once it is; the gradient to return to autograd for it."""

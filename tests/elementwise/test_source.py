@@ -60,7 +60,8 @@ def test_a_source_reads_like_one_written_by_hand() -> None:
         "    y = h * sigmoid(c)",
         "    store(Y, y, at, SHAPE, BLOCK_M, BLOCK_N)",
     ]
-    assert "    da = dc * b\n    db = dc * a\n    retain(DC[0], dc, c, at, SHAPE, BLOCK_M, BLOCK_N)\n" in f.source
+    assert "    da = dc * b\n    db = dc * a\n    store_grad(DX[0], da, at, SHAPE, BLOCK_M, BLOCK_N)\n" in f.source
+    assert f.source.endswith("    retain(DC[1], dh, h, at, SHAPE, BLOCK_M, BLOCK_N)\n")
 
 
 def test_it_imports_triton_and_device_functions_alone() -> None:
