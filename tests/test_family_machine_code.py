@@ -88,7 +88,7 @@ def test_only_what_must_move_moves_and_a_point_is_one_more_store(name: str) -> N
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("name", [name for name in OPS if widening(name) == 1])
 def test_no_warp_waits_for_statistics(name: str, dtype: torch.dtype) -> None:
-    """Of dense tensors: each warp leaves a share, so there is no barrier. (The halves of a packed one are not dense.)"""
+    """Of dense tensors each warp leaves a share, so there is no barrier. (The halves of a packed one are not dense.)"""
     op, inputs = find(name), sample(name, "cpu", dtype, (4096,))
     kept = ro.Retained(**{op.points[0].name: ro.Stats("l2", "abs_sum", "amax", "nonfinite", "act_grad")})
 
