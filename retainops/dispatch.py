@@ -21,7 +21,7 @@ from torch.autograd import forward_ad
 
 from retainops.buffers import Into, share_memory
 from retainops.names import near
-from retainops.points import no_grad, reader
+from retainops.points import in_transform, no_grad, reader
 from retainops.registry import Op, find
 from retainops.retained import Retained
 from retainops.slots import Slot, is_of_attention
@@ -51,6 +51,9 @@ _default = _named(os.environ.get("RETAINOPS_BACKEND", "auto"), "RETAINOPS_BACKEN
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
     """Choose the path of every call in this thread inside the `with`.
+
+    Backward on a GPU runs in a thread of its own. So a checkpoint, which calls ops in backward again, needs the `with`
+    inside the function that is checkpointed, or the environment variable.
 
     Args:
         name: "auto" (the kernels where they can, else the reference), "triton" (the kernels, or an error that
@@ -201,12 +204,11 @@ def requested(op: Op, inputs: tuple[Any, ...], retain: Retained) -> Mapping[str,
     if torch.compiler.is_compiling():
         return retain  # what is left to check is nothing Dynamo can trace; taps check what they can
     if torch._C._functorch.peek_interpreter_stack() is not None:
-        raise RuntimeError(
-            f"{op.name}: retain= inside a torch.func transform: a leaf made outside it gets no gradient there (nor "
-            "does retain_grad() work); use torch.autograd, or write the interior as an input of the function"
-        )
+        raise in_transform(op.name)
     tensors = [x for x in inputs if isinstance(x, torch.Tensor)]
-    if not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
+    # Inference mode makes no graph either, whatever grad mode says inside it.
+    records = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+    if not (records and any(t.requires_grad for t in tensors)):
         raise no_grad(op.name, next(iter(retain)))
     for p in op.points:
         if p.inputs is not None and p.name in retain and not p.requires_grad(inputs):

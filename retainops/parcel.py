@@ -73,6 +73,8 @@ class Parcel(torch.Tensor):
             return args[0]._like()
         if op is aten._to_copy and (kwargs or {}).keys() <= {"device"}:  # to where the carrier is
             return args[0]._like((kwargs or {}).get("device"))
+        if op is aten.isnan:  # what anomaly mode asks of every gradient
+            return torch.stack([part.isnan().any() for part in args[0].parts().values()]).any()
         if op is aten.copy_:
             args[0].__init__(args[1]._op, args[1]._names, list(args[1].parts().values()))
             return args[0]
@@ -82,11 +84,13 @@ class Parcel(torch.Tensor):
 def _add(x: Parcel, y: Parcel) -> Parcel:
     ours, theirs = x.parts(), y.parts()
     for name, part in ours.items():
-        if part.shape != theirs[name].shape:
-            raise RuntimeError(
-                f"{x._op}: a point inside torch.compile was used with two shapes before one backward: "
-                f"{tuple(part.shape)} and {tuple(theirs[name].shape)}; give each use a slot of its own"
-            )
+        for what in ("shape", "dtype"):
+            if (one := getattr(part, what)) != (other := getattr(theirs[name], what)):
+                one, other = (tuple(s) if what == "shape" else s for s in (one, other))
+                raise RuntimeError(
+                    f"{x._op}: a point inside torch.compile was used with two {what}s before one backward: "
+                    f"{one} and {other}; give each use a slot of its own"
+                )
     return Parcel(x._op, x._names, [MERGE[name](part, theirs[name]) for name, part in ours.items()], x.device)
 
 

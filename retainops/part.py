@@ -59,7 +59,7 @@ class Part:
                 )
             choice, size = self.chosen[axis], shape[dim]
             if isinstance(choice, slice):
-                found.append((dim, tuple(range(*choice.indices(size)))))
+                found.append((dim, tuple(_places(choice, size))))
                 continue
             outside = [i for i in choice if not -size <= i < size]
             if outside:
@@ -87,6 +87,13 @@ class Part:
 
     def __repr__(self) -> str:
         return f"Part({', '.join(f'{axis}={_shown(choice)}' for axis, choice in self.chosen.items())})"
+
+
+def _places(choice: slice, size: int) -> range:
+    start, stop = choice.start or 0, choice.stop
+    if stop is not None and 0 <= start <= stop <= size and choice.step in (None, 1):
+        return range(start, stop)  # whatever the size: in a graph with dynamic shapes it stays unknown
+    return range(*choice.indices(size))
 
 
 def picked(x: torch.Tensor, places: Places) -> torch.Tensor:

@@ -32,7 +32,8 @@ class Tap(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         if grad is None:  # no gradient arrives: none leaves, as without the tap
             return None, None, None, None, None
-        value = ctx.saved_tensors[0] if ctx.saved_tensors else None
+        saved = ctx.saved_tensors  # once: a checkpoint refuses to unpack a second time
+        value = saved[0] if saved else None
         return grad, ctx.slot.deposit(ctx.op, grad, value, ctx.leaf), None, None, None
 
     @staticmethod
@@ -51,7 +52,9 @@ class CompiledTap(torch.autograd.Function):
         ctx.takes_value = not TAKE_VALUE.isdisjoint(names)
         if ctx.takes_value:
             ctx.save_for_backward(x)
-        return x.view_as(x)
+        # No view: where x leaves the graph as well, AOTAutograd makes the view anew from it, outside, without the tap.
+        # Inductor does not store the copy.
+        return x.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -90,6 +93,8 @@ def tap(
         # No name of the point: a graph with one is for one layer of a model alone.
         return CompiledTap.apply(value, slot.carrier, op, slot.parts, over, part)
     if leaf is None:
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            raise in_transform(op)
         leaf = slot.bind(op, value.shape, value.dtype, value.device)
     return Tap.apply(value, leaf if view is None else view, leaf, slot, op)
 
@@ -129,11 +134,12 @@ def point(x: torch.Tensor, name: str, *, retain: Retained | None = None) -> torc
         retain: the request. A name that it does not ask for, or None, makes this the identity.
 
     Returns:
-        x, as a view. (PyTorch refuses in-place operations on it; use out-of-place ones.)
+        x, in eager as a view. (PyTorch refuses in-place operations on that; use out-of-place ones.)
 
     Raises:
         TypeError: `retain` is not a `Retained`.
-        RuntimeError: x does not require grad, or the slot was used with another shape and not reset since.
+        RuntimeError: x does not require grad, the slot was used with another shape and not reset since, or a torch.func
+            transform is active.
 
     Example:
         >>> @torch.compile(fullgraph=True)
@@ -155,6 +161,14 @@ def no_grad(op: str, name: str, of: str = "") -> RuntimeError:
         f"{op}: can't retain_grad on point '{name}': can't retain_grad on Tensor that has requires_grad=False. Nothing "
         f"that {name} depends on{of and f' ({of})'} requires grad, or grad mode is off; call requires_grad_() on an "
         "input of it, or leave out retain="
+    )
+
+
+def in_transform(op: str) -> RuntimeError:
+    """The error for a request inside a torch.func transform."""
+    return RuntimeError(
+        f"{op}: retain= inside a torch.func transform: a leaf made outside it gets no gradient there (nor does "
+        "retain_grad() work); use torch.autograd, or write the interior as an input of the function"
     )
 
 

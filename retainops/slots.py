@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 import torch
 
 from retainops import parcel
-from retainops.buffers import Into
+from retainops.buffers import Into, share_memory
 from retainops.part import Part
 from retainops.relevance import KINDS, Relevance
+from retainops.shards import local
 from retainops.stats import OVER_OF_ATTENTION, STATISTICS, TAKE_VALUE, Stats, merge, parts_of, total
 from retainops.stats import Part as PartOfStats
 
@@ -61,6 +62,8 @@ class Arrival(NamedTuple):
 
 
 _arrivals = itertools.count()
+_owners: weakref.WeakValueDictionary[int, Slot] = weakref.WeakValueDictionary()
+"""By the address of a gradient out of a graph, the slot that took it last."""
 
 
 class Slot:
@@ -150,7 +153,9 @@ class Slot:
         if isinstance(want, Relevance) and name in want.names:
             return total(self._parts[name]).clone() if self._parts else None
         asked = "it has no statistics"
-        if isinstance(want, (Stats, Relevance)):
+        if name in ("value", "data", "activation"):
+            asked = "a slot holds gradients; for values hook the module whose input or output they are"
+        elif isinstance(want, (Stats, Relevance)):
             asked = f"its {'statistics' if isinstance(want, Stats) else 'relevances'} are {', '.join(want.names)}"
         if name in STATISTICS or name in KINDS:
             asked += f'; ask with {"Stats" if name in STATISTICS else "Relevance"}("{name}")'
@@ -167,6 +172,11 @@ class Slot:
         self.carrier.grad = None
         if self._leaf is not None:
             self._leaf.grad = None
+
+    def renew(self) -> None:
+        """`reset()`; and what graphs from before it still deliver is not shown, nor do hooks on `tensor` stay."""
+        self.reset()
+        self._leaf = None
 
     def bind(self, op: str, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """The leaf for an interior of this shape, dtype and device: made at the first use, the same one after that.
@@ -263,6 +273,11 @@ class Slot:
         `grad` and `value` may be wider than the interior's dtype: what is kept is rounded to it last.
         """
         dtype = grad.dtype if leaf is None else leaf.dtype
+        if isinstance(self.want, (Into, Stats)) and not torch._C._has_storage(grad):
+            raise RuntimeError(
+                f"{op}: point '{self.name}' was asked for {self.want}, and its gradient is batched (is_grads_batched, "
+                f"or a vectorised jacobian); ask for the gradient itself, or go through the batch in a loop"
+            )
         self.note_arrival()
         if isinstance(self.want, Into):
             with self._lock, torch.no_grad():
@@ -297,7 +312,16 @@ class Slot:
             self.deposit("torch.compile", dense, None)
         else:
             with self._lock:
-                leaf.grad = dense.contiguous() if leaf.grad is None else leaf.grad + dense
+                leaf.grad = self._own(dense.contiguous()) if leaf.grad is None else leaf.grad + dense
+
+    def _own(self, dense: torch.Tensor) -> torch.Tensor:
+        """A gradient out of a graph in memory that no other slot holds: what is equal Inductor stores once for all."""
+        owner = _owners.get(local(dense).data_ptr())
+        held = None if owner is None or owner is self else owner.grad
+        if held is not None and share_memory(held, dense):
+            dense = dense.clone()
+        _owners[local(dense).data_ptr()] = self
+        return dense
 
     def _readings(self) -> dict[str, torch.Tensor | None]:
         names = self.want.names if isinstance(self.want, (Stats, Relevance)) else ()

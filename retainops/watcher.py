@@ -66,7 +66,8 @@ class Watcher:
         """Ask the model if it is this step's turn. Begun already: nothing happens."""
         self._begun = True
         if not self._asking and not self._closed and self.number % self.every == 0:
-            self.kept.reset()
+            for slot in self.kept.values():
+                slot.renew()  # a backward of an earlier step's graph is not this step's
             self._asked.on()
             self._asking = True
 

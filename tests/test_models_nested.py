@@ -33,6 +33,21 @@ def test_nested_requests_are_both_answered(model_x: tuple) -> None:
     assert not requests_in(model)
 
 
+def test_a_graph_from_before_a_reset_adds_nothing_to_nested_statistics(path: Path) -> None:
+    """As where requests are not nested: the later graph is of another shape, so the slot has another leaf."""
+    model, x = make(path.device)
+    with ro.retain(model, ALL[0], ro.Stats("sum")) as outer, ro.retain(model, ALL[0], ro.Stats("l2", "sum")) as inner:
+        late = model(x)
+        outer.reset()
+        inner.reset()
+        model(x[:2]).sum().backward()
+        before = [kept[ALL[0]].sum for kept in (outer, inner)]
+        late.sum().backward()
+        after = [kept[ALL[0]].sum for kept in (outer, inner)]
+    assert before == after
+    assert before[0] == before[1] != 0
+
+
 def test_nested_requests_left_in_another_order() -> None:
     model, x = make()
     first, second = ro.retain(model), ro.retain(model)

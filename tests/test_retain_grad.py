@@ -8,9 +8,11 @@ never handed out, so nobody can change it in place.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
 import weakref
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -103,10 +105,18 @@ def test_a_slot_costs_no_memory_before_backward(path: Path, ab: tuple) -> None:
 # The error, and its being checked before anything happens.
 
 
-@pytest.mark.parametrize("why", ["no input requires grad", "no_grad", "inference_mode"])
+@contextlib.contextmanager
+def grad_in_inference_mode() -> Iterator[None]:
+    """Still no graph is made."""
+    with torch.inference_mode(), torch.enable_grad():
+        yield
+
+
+@pytest.mark.parametrize("why", ["no input requires grad", "no_grad", "inference_mode", "grad in inference_mode"])
 def test_error_where_no_gradient_arrives(path: Path, ab: tuple, why: str) -> None:
     a, b = (x.detach() for x in ab) if why == "no input requires grad" else ab
-    mode = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode}.get(why, torch.enable_grad)
+    modes = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode}
+    mode = {**modes, "grad in inference_mode": grad_in_inference_mode}.get(why, torch.enable_grad)
     kept = ro.Retained("c")
     with mode(), pytest.raises(RuntimeError, match="can't retain_grad on Tensor that has requires_grad=False"):
         ro.mul_sin(a, b, retain=kept)
@@ -216,6 +226,21 @@ def test_non_reentrant_checkpoint(path: Path, ab: tuple) -> None:
     checkpoint(lambda a, b: ro.mul_sin(a, b, retain=kept), a, b, use_reentrant=False).sum().backward()
     assert_near(kept.c.grad, torch.cos(a * b).detach())
     assert_near(a.grad, (torch.cos(a * b) * b).detach())
+
+
+def test_a_checkpoint_of_statistics_that_need_the_value(path: Path, ab: tuple) -> None:
+    """What was saved may be unpacked once."""
+    a, b = ab
+    kept = ro.Retained(c=ro.Stats("act_grad"))
+
+    def f(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return ro.point(ro.mul_sin(a, b, retain=kept), "d", retain=kept_d)
+
+    kept_d = ro.Retained(d=ro.Stats("act_grad"))
+    checkpoint(f, a, b, use_reentrant=False).sum().backward()
+    c = (a * b).detach()
+    torch.testing.assert_close(kept.c.act_grad, (c * c.cos()).sum(), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(kept_d.d.act_grad, c.sin().sum(), rtol=1e-4, atol=1e-3)
 
 
 def test_reentrant_checkpoint_raises_as_retain_grad_does(path: Path, ab: tuple) -> None:

@@ -56,6 +56,27 @@ def test_into_with_accumulate_adds_to_what_is_there(path: Path, ab: tuple) -> No
     assert_near(buffer, 3 + dc_of(*ab), 2)
 
 
+@pytest.mark.parametrize("want", ["Into", "Stats"])
+def test_a_batched_gradient_goes_to_no_buffer_and_no_statistic(path: Path, ab: tuple, want: str) -> None:
+    kept = ro.Retained(c=ro.Stats("l2") if want == "Stats" else ro.Into(torch.zeros(6, 50, device=path.device)))
+    y = ro.mul_sin(*ab, retain=kept)
+    with pytest.raises(RuntimeError, match=rf"mul_sin: point 'c' was asked for {want}.* batched .* in a loop"):
+        torch.autograd.grad(y, ab[0], torch.ones(2, 6, 50, device=path.device), is_grads_batched=True)
+
+
+@pytest.mark.parametrize("used", [False, True], ids=["new", "used before"])
+def test_a_point_in_a_torch_func_transform(ab: tuple, used: bool) -> None:
+    kept = ro.Retained("c")
+
+    def f(a: torch.Tensor) -> torch.Tensor:
+        return ro.point(a * 2, "c", retain=kept).sum()
+
+    if used:
+        f(ab[0])
+    with pytest.raises(RuntimeError, match="point: retain= inside a torch.func transform"):
+        torch.func.grad(f)(ab[0])
+
+
 def test_into_a_strided_buffer(path: Path, ab: tuple) -> None:
     whole = torch.full((50, 12), 3.0, device=path.device)
     kept = ro.Retained(c=ro.Into(whole[:, ::2].t()))

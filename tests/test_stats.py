@@ -260,6 +260,8 @@ def test_attributes_that_were_not_asked_for() -> None:
         AttributeError, match=r"slot 'c' has no attribute 'amax': its statistics are l2; ask with Stats"
     ):
         kept.c.amax  # noqa: B018
+    with pytest.raises(AttributeError, match="'value': a slot holds gradients; for values hook the module"):
+        kept.c.value  # noqa: B018
     with pytest.raises(AttributeError, match=r"slot 'd' has no attribute 'l2': it has no statistics; ask with Stats"):
         kept.d.l2  # noqa: B018
     assert "no Stats(l2) yet" in repr(kept)

@@ -229,10 +229,11 @@ def test_an_exception_leaves_the_model_alone_and_reads_nothing() -> None:
     assert watcher.latest is None
 
 
-def test_a_backward_after_its_step_is_not_the_next_ones() -> None:
+@pytest.mark.parametrize("size", [2, None], ids=["another size", "the same size"])
+def test_a_backward_after_its_step_is_not_the_next_ones(size: int | None) -> None:
     model, x = make()
     with ro.watch(model, every=2) as watcher:
-        later = model(x[:2]).sum() * 100  # of another batch size
+        later = model(x[:size]).sum() * 100
         model(x).sum().backward()
         late = model(x).sum() * 10
         watcher.step()

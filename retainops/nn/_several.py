@@ -57,14 +57,14 @@ class Joined(Slot):
         self.slots = tuple(slots)
 
     def bind(self, op: str, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        leaves = [slot.bind(op, shape, dtype, device) for slot in self.slots]
-        self._leaf = Join.apply(self.slots, op, *leaves)
+        self._leaves = [slot.bind(op, shape, dtype, device) for slot in self.slots]
+        self._leaf = Join.apply(self.slots, op, *self._leaves)
         return self._leaf
 
     def merge(self, parts: Mapping[str, Part], leaf: torch.Tensor | None = None) -> None:
-        for slot in self.slots:
+        for slot, own in zip(self.slots, self._leaves, strict=True):
             if isinstance(slot.want, Stats):
-                slot.merge({name: parts[name] for name in slot.want.parts})
+                slot.merge({name: parts[name] for name in slot.want.parts}, own)
 
 
 def _union(slots: Sequence[Slot]) -> Stats | None:
