@@ -33,19 +33,19 @@ def cross_entropy_fwd_kernel(
     BLOCK_N: tl.constexpr,
     FIRST,
     IGNORE,
-    DIVIDES: tl.constexpr,
     WHOLE: tl.constexpr,
+    ALL_CLASSES: tl.constexpr,
     SMOOTHED: tl.constexpr,
     PENALISED: tl.constexpr,
     CAPPED: tl.constexpr,
 ):
     """The loss of BLOCK_M rows; their maxima, log-sums and weights for backward.
 
-    Not WHOLE: the columns are the classes from FIRST on. In the places of loss, log-sum and weight are then the sum
+    Not ALL_CLASSES: the columns are the classes from FIRST on. The places of loss, log-sum and weight then hold the sum
     of the (weighted) logits, that of exp(z - m), and z of the target, so far; what follows from them is the host's.
     """
     i = tl.program_id(0)
-    at = straight_tile(i, 0, SHAPE, BLOCK_M, BLOCK_N, DIVIDES)
+    at = straight_tile(i, 0, SHAPE, BLOCK_M, BLOCK_N, WHOLE)
     t = load(T, at, SHAPE, tl.int64, BLOCK_M, 1)
     # Maxima and sums are of what a thread reads at once, in each part of a row: until the end no thread waits.
     access: tl.constexpr = 128 // X.ptr.dtype.element_ty.primitive_bitwidth
@@ -55,10 +55,10 @@ def cross_entropy_fwd_kernel(
     rests = tl.zeros((BLOCK_M, BLOCK_N // group), DTYPE)
     base = tl.zeros((BLOCK_M, 1), DTYPE)
     for n in range(0, SHAPE[-1], BLOCK_N):
-        here = straight_tile(i, n, SHAPE, BLOCK_M, BLOCK_N, DIVIDES)
+        here = straight_tile(i, n, SHAPE, BLOCK_M, BLOCK_N, WHOLE)
         x = load(X, here, SHAPE, DTYPE, BLOCK_M, BLOCK_N)
         z, _slope = softcapped(x, CAP, here, SHAPE, DTYPE, BLOCK_M, BLOCK_N, CAPPED)
-        if not DIVIDES:
+        if not WHOLE:
             z = tl.where(columns_inside(here, SHAPE, BLOCK_N), z, float("-inf"))
         grouped = in_groups(z, BLOCK_M, BLOCK_N, group)
         above = tl.maximum(maxima, tl.max(grouped, axis=2))
@@ -67,26 +67,26 @@ def cross_entropy_fwd_kernel(
         maxima = above
         if SMOOTHED:
             # Differences from a number near the maximum: a large one in all logits would cancel.
-            if WHOLE:  # noqa: SIM102  (one is known to the compiler, the other to the program)
+            if ALL_CLASSES:  # noqa: SIM102  (one is known to the compiler, the other to the program)
                 if n == 0:
                     base = finite(tl.max(above, axis=1, keep_dims=True))
             terms = weighted(W, z - base, here, SHAPE, DTYPE, BLOCK_M, BLOCK_N)
-            if not DIVIDES:
+            if not WHOLE:
                 terms = tl.where(columns_inside(here, SHAPE, BLOCK_N), terms, 0.0)
             rests += tl.sum(in_groups(terms, BLOCK_M, BLOCK_N, group), axis=2)
     m = tl.max(maxima, axis=1, keep_dims=True)
-    if not WHOLE:
+    if not ALL_CLASSES:
         before = load(MAX, at, SHAPE, DTYPE, BLOCK_M, 1)
         m = tl.maximum(m, before)
     total = tl.sum(totals * exp_in_sum(maxima - finite(m)), axis=1, keep_dims=True)
     rest = tl.sum(rests, axis=1, keep_dims=True)
-    if not WHOLE:
+    if not ALL_CLASSES:
         total += load(LOGSUM, at, SHAPE, DTYPE, BLOCK_M, 1) * exp_in_sum(before - finite(m))
         rest += load(LOSS, at, SHAPE, DTYPE, BLOCK_M, 1)
     # After the loop: the load waits for that of t, and what waits for it in the program's order waits, too.
     picked = logit_of_target(X, t, CAP, at, FIRST, SHAPE, DTYPE, BLOCK_M, BLOCK_N, CAPPED)
     there = (t >= FIRST) & (t - FIRST < SHAPE[-1])
-    if WHOLE:
+    if ALL_CLASSES:
         share = tl.full((BLOCK_M, 1), 1.0, DTYPE)
         if W.ptr is not None:
             share = load_class(W, t, there, 0, at, SHAPE, DTYPE, BLOCK_M)
@@ -134,7 +134,7 @@ def cross_entropy_bwd_kernel(
     FIRST,
     CLASSES,
     IGNORE,
-    DIVIDES: tl.constexpr,
+    WHOLE: tl.constexpr,
     SMOOTHED: tl.constexpr,
     PENALISED: tl.constexpr,
     CAPPED: tl.constexpr,
@@ -142,7 +142,7 @@ def cross_entropy_bwd_kernel(
     """One tile of dz = p * total - own, whose columns are the classes from FIRST on, of CLASSES in all."""
     tiles_n = (SHAPE[-1] - 1) // BLOCK_N + 1
     column = tl.program_id(0) % tiles_n * BLOCK_N
-    at = straight_tile(tl.program_id(0) // tiles_n, column, SHAPE, BLOCK_M, BLOCK_N, DIVIDES)
+    at = straight_tile(tl.program_id(0) // tiles_n, column, SHAPE, BLOCK_M, BLOCK_N, WHOLE)
     x = load(X, at, SHAPE, DTYPE, BLOCK_M, BLOCK_N)
     z, slope = softcapped(x, CAP, at, SHAPE, DTYPE, BLOCK_M, BLOCK_N, CAPPED)
     m = load(MAX, at, SHAPE, DTYPE, BLOCK_M, 1)
@@ -167,7 +167,8 @@ def cross_entropy_bwd_kernel(
         total += tl.where(kept, dloss * (2.0 * z_loss * (m + logsum)), 0.0)
     p = tl.exp((z - m) - logsum)
     dz = p * total - own
-    retain(DP, -divide(own, tl.maximum(p, smallest(p))), p, at, SHAPE, BLOCK_M, BLOCK_N)
+    # Not `maximum`, which would give a number for nan.
+    retain(DP, -divide(own, tl.where(p < smallest(p), smallest(p), p)), p, at, SHAPE, BLOCK_M, BLOCK_N)
     retain(DZ, dz, z, at, SHAPE, BLOCK_M, BLOCK_N)
     store_grad(DX, dz * slope, at, SHAPE, BLOCK_M, BLOCK_N)
 

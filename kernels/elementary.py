@@ -92,8 +92,19 @@ def power(x, EXPONENT: tl.constexpr):
         return reciprocal(x)
     elif EXPONENT == -2.0:
         return reciprocal(x * x)
-    else:
+    elif x.dtype == tl.float64:
         return libdevice.pow(x, tl.full((1, 1), EXPONENT, x.dtype))
+    else:
+        # libdevice's flushes numbers below the smallest normal one: they are taken times 2**24.
+        tiny = tl.abs(x) < 1.1754943508222875e-38
+        y = libdevice.pow(tl.where(tiny, x * 16777216.0, x), tl.full((1, 1), EXPONENT, x.dtype))
+        return tl.where(tiny, y * unscaled(EXPONENT), y)
+
+
+@triton.constexpr_function
+def unscaled(exponent):
+    """The power of 2**-24, as far as it matters: beyond 2**120 the other factor is 0 or inf."""
+    return 2.0 ** max(-120.0, min(120.0, -24.0 * exponent))
 
 
 @triton.jit

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from retainops.kernels.elementary import rsqrt
 from retainops.kernels.points import retain
-from retainops.kernels.rows import load_inside
+from retainops.kernels.rows import hardly_varies, load_inside
 from retainops.kernels.tiles import lanes_inside, load, share_of_sum, store, store_grad, store_share, tile
 from retainops.kernels.unary import divide
 
@@ -25,10 +25,17 @@ def group_norm_moments_kernel(
     x = load_inside(X, at, SHAPE, DTYPE, BLOCK_M, BLOCK_N)
     count = terms_of_sum(MEAN, at, SHAPE, DTYPE, BLOCK_M, BLOCK_N)
     mean = divide(share_of_sum(MEAN, x), count)
-    away = tl.where(lanes_inside(at, SHAPE, BLOCK_M, BLOCK_N), x - mean, 0.0)
+    inside = lanes_inside(at, SHAPE, BLOCK_M, BLOCK_N)
+    away = tl.where(inside, x - mean, 0.0)
+    square = share_of_sum(MEAN, away * away)
+    if hardly_varies(mean, square, count):
+        left = divide(share_of_sum(MEAN, away), count)
+        away = tl.where(inside, away - left, 0.0)
+        square = share_of_sum(MEAN, away * away)
+        mean += left
     store_share(COUNT.ptr, MEAN, count, at, SHAPE, BLOCK_M, BLOCK_N)
     store_share(MEAN.ptr, MEAN, mean, at, SHAPE, BLOCK_M, BLOCK_N)
-    store_share(SQUARE.ptr, MEAN, share_of_sum(MEAN, away * away), at, SHAPE, BLOCK_M, BLOCK_N)
+    store_share(SQUARE.ptr, MEAN, square, at, SHAPE, BLOCK_M, BLOCK_N)
 
 
 @triton.jit
@@ -116,13 +123,15 @@ def group_norm_gather_kernel(COUNTS, MEANS, SQUARES, MEAN, VAR, SHARES, CHANNELS
     """The mean and the variance of one group, from SHARES shares of each of its channels."""
     n = SHARES * CHANNELS
     total, count = tl.zeros((BLOCK,), MEAN.dtype.element_ty), tl.zeros((BLOCK,), MEAN.dtype.element_ty)
+    # Around one of them, so that the mean of equal ones is exact.
+    one = tl.load(MEANS + tl.program_id(0).to(tl.int64) * CHANNELS)
     for i in range(0, n, BLOCK):
         p, ok = share_of_group(i, SHARES, CHANNELS, BLOCK)
         c = tl.load(COUNTS + p, mask=ok, other=0.0)
-        total += c * tl.load(MEANS + p, mask=ok, other=0.0)
+        total += c * (tl.load(MEANS + p, mask=ok, other=0.0) - one)
         count += c
     size = tl.sum(count, axis=0, keep_dims=True)
-    mean = divide(tl.sum(total, axis=0, keep_dims=True), size)
+    mean = one + divide(tl.sum(total, axis=0, keep_dims=True), size)
     square = tl.zeros((BLOCK,), MEAN.dtype.element_ty)
     for i in range(0, n, BLOCK):
         p, ok = share_of_group(i, SHARES, CHANNELS, BLOCK)

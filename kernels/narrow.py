@@ -5,8 +5,8 @@ two bytes an element a kernel waits for instructions, not for memory. So here ea
 need, to about 2**-16 of itself, and without a branch, so that elements overlap. Only functions that this makes cheaper
 are here. For all others, and for float32 and float64, there are those of the other files.
 
-NaN, infinities and signed zeros stand where eager has them. What is below 2**-118 may be zero, of either sign: ex2 and
-the fast division flush subnormal numbers.
+NaN, infinities and signed zeros stand where eager has them, for finite gradients. What is below 2**-118 may be zero, of
+either sign: ex2 and the fast division flush subnormal numbers.
 """
 
 import triton

@@ -57,9 +57,9 @@ def norm_fwd_kernel(
     eps = load(EPS, at, SHAPE, DTYPE, BLOCK_M, BLOCK_N)
     if not CHUNKED:
         x = summed(X, R, S, at, SHAPE, DTYPE, BLOCK_M, BLOCK_N)
-        mean, square = moments(x, at, SHAPE, MEAN.ptr is not None, WHOLE, BLOCK_M, BLOCK_N)
+        mean, square, away = moments(x, at, SHAPE, MEAN.ptr is not None, WHOLE, BLOCK_M, BLOCK_N)
         rstd = stored(MEAN, RSTD, mean, square, eps, at, SHAPE, BLOCK_M)
-        xhat = rounded((x - mean) * rstd, ROUND)
+        xhat = rounded(away * rstd, ROUND)
         w = weight(W, OFFSET, at, SHAPE, DTYPE, BLOCK_M, BLOCK_N)
         b = load_for_rows(B, 0.0, at, SHAPE, DTYPE, BLOCK_M, BLOCK_N)
         store_normed(S, Y, W, B, x, xhat, w, b, at, SHAPE, BLOCK_M, BLOCK_N)
@@ -69,7 +69,7 @@ def norm_fwd_kernel(
         for n in tl.range(0, SHAPE[-1], BLOCK_N, num_stages=STAGES):
             at = straight_tile(i, n, SHAPE, BLOCK_M, BLOCK_N, WHOLE)
             x = summed(X, R, S, at, SHAPE, DTYPE, BLOCK_M, BLOCK_N, AGAIN)
-            m, s = moments(x, at, SHAPE, MEAN.ptr is not None, WHOLE, BLOCK_M, BLOCK_N)
+            m, s, _away = moments(x, at, SHAPE, MEAN.ptr is not None, WHOLE, BLOCK_M, BLOCK_N)
             mean, square = add_to_moments(mean, square, n, m, s, tl.minimum(SHAPE[-1] - n, BLOCK_N))
         at = straight_tile(i, 0, SHAPE, BLOCK_M, BLOCK_N, WHOLE)
         rstd = stored(MEAN, RSTD, mean, square, eps, at, SHAPE, BLOCK_M)
@@ -111,9 +111,11 @@ def norm_bwd_kernel(
     WHOLE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """dx = rstd * (g - mean(g) - xhat * mean(g * xhat)), g = dy * (w + offset): of one chunk of columns.
+    """dx = rstd * (g - mean(g) - xhat * mean(g * xhat)), g = dy * (w + offset): of one chunk of columns, in all rows.
 
-    The chunk is the whole row, or the sums over rows are known: ALONG and LEVEL of `norm_project_kernel`.
+    It has three uses. A chunk is a row: ALONG and LEVEL are None, and the two means are taken here. A chunk is a part
+    of a row: they are known, from `norm_project_kernel`. Statistics alone, over columns: DX, DW and DB are None, and
+    what only they need is not computed.
     """
     chunks = (SHAPE[-1] - 1) // BLOCK_N + 1
     column = tl.program_id(0) % chunks * BLOCK_N

@@ -16,14 +16,17 @@ import triton.language as tl
 
 
 class Operand(NamedTuple):
-    """A tensor as kernels take it; `ptr` is None for an output nobody wants.
+    """A tensor, or what stands for one, as kernels take it. By what is not None it is one of
 
-    A gradient that is summed over broadcast dims is written as partial sums, one share a tile: its strides are None
-    in the summed dims of the tile, and `tiles` says how far one tile's share is from the next one's.
-
-    Two inputs have no memory of their own. A Python number is passed by value. Random numbers are made where they are
-    used, from a seed and each element's place, which the strides give: the same ones in forward and in backward. Where
-    four neighbours in the last dim share a counter of the generator, `quads` is 1 and the strides are in counters.
+    - a tensor: `ptr`, `strides`;
+    - an output that nobody wants: nothing;
+    - a gradient that is summed over broadcast dims: `ptr`, `strides`, `tiles`. It is written as partial sums, one share
+      a tile: the strides are None in the summed dims of the tile, and `tiles` says how far one tile's share is from the
+      next one's;
+    - a Python number, passed by value: `number`;
+    - random numbers: `seed`, `strides`. They are made where they are used, from the seed and each element's place,
+      which the strides give: the same ones in forward and in backward. Where four neighbours in the last dim share a
+      counter of the generator, `quads` is 1 and the strides are in counters.
     """
 
     ptr: Any

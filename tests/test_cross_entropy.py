@@ -113,6 +113,20 @@ def test_peculiar_rows_are_as_in_eager(path: Path, row: str, n: int) -> None:
         torch.testing.assert_close(ours, theirs, equal_nan=True, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("row", ROWS)
+def test_points_of_peculiar_rows_are_those_of_the_reference(kernels: Path, row: str) -> None:
+    """Where a row has no probabilities, no number stands for their gradients."""
+    x = ROWS[row](drawn(2, 70, dtype=torch.float32, device=kernels.device))
+    t = torch.tensor([0, 1], device=kernels.device)
+    found = []
+    for backend in ("triton", "reference"):
+        kept = ro.Retained(p=ro.Stats("nonfinite", grad=True), logits=ro.Stats("nonfinite", grad=True))
+        with ro.backend(backend):
+            cross_entropy(x.clone().requires_grad_(), t, reduction="none", retain=kept).sum().backward()
+        found.append((kept.p.grad, kept.logits.grad, kept.p.nonfinite, kept.logits.nonfinite))
+    torch.testing.assert_close(found[0], found[1], equal_nan=True, rtol=1e-5, atol=1e-6)
+
+
 def test_exact_where_a_class_has_nearly_all_probability(path: Path) -> None:
     """The log-sum-exp of such a row, rounded, says nothing of the loss: 3000 + 1e-9."""
     x = torch.tensor([[3000.0, 2980.0, 2979.5], [-3000.0, -3019.0, -3018.5]], device=path.device)

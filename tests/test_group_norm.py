@@ -139,6 +139,20 @@ def test_layouts_of_the_input(layout: str, kernels: Path) -> None:
     compare(*given, 0.5, scale=2)  # a large eps: of equal numbers only rounding errors are left
 
 
+@pytest.mark.parametrize("shape", [(2, 6, 7, 11), (1, 4, 40_001), (2, 8, 33, 33)], ids=str)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, CHANNELS_LAST], ids=str)
+def test_of_groups_of_equal_values_nothing_is_left(shape: tuple, memory_format: Any, kernels: Path) -> None:
+    """As of rows in tests/test_norm.py."""
+    if memory_format is CHANNELS_LAST and len(shape) < 4:
+        shape = (*shape, 1)
+    x = torch.full(shape, 12345.678, device=kernels.device).contiguous(memory_format=memory_format).requires_grad_()
+    w = torch.ones(shape[1], device=kernels.device, requires_grad=True)
+    y = group_norm(x, 2, w)
+    torch.testing.assert_close(y, torch.zeros_like(y), rtol=0, atol=1e-5)
+    for got in torch.autograd.grad(y.sum(), (x, w)):
+        torch.testing.assert_close(got, torch.zeros_like(got), rtol=0, atol=2e-4 * shape[0])
+
+
 ORDERS = {
     "batch, channels, time": torch.empty(3, 64, 256),
     "batch, time, channels": torch.empty(3, 256, 64).permute(0, 2, 1),

@@ -235,6 +235,26 @@ def test_special_rows(op: Op, cut: str, path: Path, monkeypatch: pytest.MonkeyPa
         assert torch.equal(slot.grad.isnan(), values[name].grad.isnan())
 
 
+@pytest.mark.parametrize("op", [LAYER_NORM, ADD_LAYER_NORM], ids=lambda op: op.name)
+@pytest.mark.parametrize("columns", [65, 768, 1000, 1024, 40_000])
+def test_of_rows_of_equal_values_nothing_is_left(op: Op, columns: int, kernels: Path) -> None:
+    """Their mean is a rounded sum's, and a small eps makes its error large. Beside them, rows that vary a little."""
+    x = torch.tensor([12345.678, 12.3, -0.1, 1e-30, 1e30], device=kernels.device)[:, None].repeat(1, columns)
+    vary = 100 + 1e-3 * torch.randn(2, columns, generator=torch.Generator().manual_seed(0)).to(kernels.device)
+    x, w = torch.cat([x, vary]).requires_grad_(), torch.ones(columns, device=kernels.device, requires_grad=True)
+    rest = (w, None, 1e-5)
+    if op is LAYER_NORM:
+        y = op.call(x, *rest)
+    else:
+        y, _summed = op.call(x, torch.zeros_like(x), *rest)
+    exact = F.layer_norm(x.double(), (columns,), w.double())
+    torch.testing.assert_close(y[:5].double(), exact[:5], rtol=0, atol=1e-5)
+    half_an_ulp = 2.0**-18 / 1e-5**0.5  # of a mean of 100, in float32, times rstd
+    torch.testing.assert_close(y[5:].double(), exact[5:], rtol=1e-3, atol=1.2 * half_an_ulp)
+    for got in torch.autograd.grad(y[:5].sum(), (x, w)):
+        torch.testing.assert_close(got, torch.zeros_like(got), rtol=0, atol=2e-4)
+
+
 @over_ops
 def test_no_rows(op: Op, path: Path) -> None:
     for shape in ((0, 5), (2, 0, 5)):

@@ -34,6 +34,18 @@ def test_kernels_where_they_can(kernels: Path, name: str) -> None:
     assert y.grad_fn.name() != eager(find(name), inputs)[0].grad_fn.name()
 
 
+@pytest.mark.parametrize(("size", "takes"), [(2**31 - 2**16, True), (2**31 - 1, False), (2**31, True)])
+@pytest.mark.parametrize("name", ["layer_norm", "softmax", "cross_entropy"])
+def test_no_loop_over_rows_steps_beyond_int32(kernels: Path, name: str, size: int, takes: bool) -> None:
+    one = torch.ones((), device=kernels.device)
+    for shape, what in (((1, size), "columns"), ((size, 1), "rows")):
+        x, target = one.expand(shape), torch.zeros((), dtype=torch.int64, device=kernels.device).expand(shape[0])
+        options = {"layer_norm": (None, None, 1e-5, 0.0), "cross_entropy": (target, None)}.get(name, ())
+        with ro.backend("auto"):
+            said = explained(name, x, *options)
+        assert ("takes the Triton kernels" if takes else f"x has {size} {what}, and a step beyond") in said
+
+
 @pytest.mark.skipif(GPU, reason="says what happens without a GPU")
 @over_ops
 def test_reference_on_the_cpu(name: str) -> None:

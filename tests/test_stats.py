@@ -198,6 +198,16 @@ def test_no_elements(path: Path) -> None:
         assert kept.c.l2.sum() == kept.c.amax.sum() == kept.c.nonfinite.sum() == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_no_elements_of_a_point_that_is_broadcast(path: Path, dtype: torch.dtype) -> None:
+    kept = ro.Retained(scaled=ro.Stats("l2"))
+    rand = random_leaves(path.device)
+    x, scale, shift = rand(4, dtype=dtype), rand(4, dtype=dtype), rand(0, 4, dtype=dtype)
+    ro.scale_shift(x, scale, shift, retain=kept).sum().backward()
+    assert kept.scaled.l2 == 0
+    assert kept.scaled.l2.dtype == torch.promote_types(dtype, torch.float32)
+
+
 def test_no_buffer_of_the_points_size(kernels: Path) -> None:
     """Statistics are shares, one a tile: nothing that a kernel writes beside da and db is of c's size."""
     rand = random_leaves(kernels.device)

@@ -78,6 +78,15 @@ def refuses_dtypes(*inputs: Any) -> str | None:
     return f"the inputs are on {' and '.join(map(str, devices))}" if len(devices) > 1 else None
 
 
+def refuses_rows(x: torch.Tensor) -> str | None:
+    """Why kernels that go along the last dim of x, or over its rows, in steps cannot take it, or None."""
+    columns = x.shape[-1] if x.dim() else 1
+    for what, size in (("columns", columns), ("rows", x.numel() // max(columns, 1))):
+        if 2**31 - 2**16 < size < 2**31:  # larger ones count in int64
+            return f"x has {size} {what}, and a step beyond the last is no int32"
+    return None
+
+
 def check_norm(op: str, x: Any, eps: Any, offset: Any = 0.0, /, **others: Any) -> None:
     """Inputs of a norm over the last dim of x: weight and bias of its size, a residual that broadcasts with x.
 

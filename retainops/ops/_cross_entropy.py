@@ -125,8 +125,8 @@ def rows_forward(logits: Tensor, loss: Loss, whole: bool = True) -> None:
         *(logits, *loss.operands(), *loss.rows),
         walked=tiling.walk,
         programs=row_tiles,
-        DIVIDES=covers,
-        WHOLE=whole,
+        WHOLE=covers,
+        ALL_CLASSES=whole,
         **loss.constants(),
     )
 
@@ -151,7 +151,7 @@ def rows_backward(
         held,
         *(logits, *loss.operands(), *loss.rows[1:], dloss, divisor, dx, *kept),
         walked=tiling.walk,
-        DIVIDES=covers,
+        WHOLE=covers,
         CLASSES=loss.classes,
         **loss.constants(),
     )

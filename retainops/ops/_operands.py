@@ -149,7 +149,8 @@ class Grad:
     def sum(self) -> torch.Tensor:
         """The shares added up, not yet rounded."""
         if self.partial is None:  # nothing was launched: a sum of no elements
-            return torch.zeros(self.x.shape, device=self.x.device)
+            held = torch.promote_types(self.x.dtype, torch.float32)
+            return torch.zeros(self.x.shape, dtype=held, device=self.x.device)
         return self.partial.sum(0).view(self.x.shape)
 
 

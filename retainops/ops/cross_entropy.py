@@ -8,7 +8,7 @@ import torch
 
 from retainops.dispatch import run
 from retainops.ops import _fused
-from retainops.ops._check import refuses_dtypes
+from retainops.ops._check import refuses_dtypes, refuses_rows
 from retainops.ops._check_classes import (
     check_class_weight,
     check_options,
@@ -163,8 +163,8 @@ def _by_way_of_p(logp: Tensor, point: Point) -> Tensor:
 
 
 def _refuses(logits: Any, target: Any, weight: Any, *_options: Any) -> str | None:
-    devices = refuses_dtypes(*(x for x in (logits, weight) if x is not None))
-    return devices or (None if target.device == logits.device else "the inputs are on different devices")
+    why = refuses_rows(logits) or refuses_dtypes(*(x for x in (logits, weight) if x is not None))
+    return why or (None if target.device == logits.device else "the inputs are on different devices")
 
 
 def _sample(shape: torch.Size, dtype: torch.dtype, device: str, generator: torch.Generator) -> tuple[Any, ...]:

@@ -9,7 +9,7 @@ import torch
 
 from retainops.dispatch import run
 from retainops.ops import _fused
-from retainops.ops._check import check_norm, refuses_dtypes
+from retainops.ops._check import check_norm, refuses_dtypes, refuses_rows
 from retainops.ops._norm import Norm
 from retainops.registry import Op, Point, PointInfo
 from retainops.retained import Retained
@@ -220,7 +220,7 @@ def _register(call: Any, formula: str, reference: Any, norm: Norm, **interiors: 
 def _refuses(norm: Norm, *inputs: Any) -> str | None:
     if norm.residual and inputs[0].shape != inputs[1].shape:
         return "x and residual are of different shapes"
-    return refuses_dtypes(*(x for x in inputs if x is not None))
+    return refuses_rows(inputs[0]) or refuses_dtypes(*(x for x in inputs if x is not None))
 
 
 def _sample(norm: Norm, shape: torch.Size, dtype: torch.dtype, device: str, generator: torch.Generator) -> Any:

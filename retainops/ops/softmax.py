@@ -10,7 +10,7 @@ import torch
 from retainops import registry
 from retainops.dispatch import run
 from retainops.ops import _fused
-from retainops.ops._check import refuses_dtypes
+from retainops.ops._check import refuses_dtypes, refuses_rows
 from retainops.ops._softmax import Softmax, check
 from retainops.registry import Op, PointInfo
 from retainops.retained import Retained
@@ -122,7 +122,7 @@ def _refuses(x: Any, scale: Any = 1.0, mask: Any = None, causal: Any = False, *_
         return "scale is a tensor, and the kernels take a number"
     if not x.dim():
         return "x has no dims"
-    return refuses_dtypes(x, mask if mask is not None and mask.dtype != torch.bool else None)
+    return refuses_rows(x) or refuses_dtypes(x, mask if mask is not None and mask.dtype != torch.bool else None)
 
 
 def _sample(shape: torch.Size, dtype: torch.dtype, device: str, generator: torch.Generator) -> tuple[Any, ...]:

@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional as F
 
 import retainops as ro
-from retainops.testing import check_op
+from retainops.testing import check_op, simulated_gpu
 from tests.conftest import Path, random_leaves
 from tests.oracle import assert_near
 
@@ -49,6 +49,26 @@ LAYOUTS = {
     "one element": lambda rand: (rand(1), rand(1, 1), rand()),
     "no elements": lambda rand: (rand(0, 5), rand(5), rand(0, 1)),
 }
+
+
+@pytest.mark.parametrize("exponent", [0.01, -0.01, -1.7, 4.9, -50.3, 1e10])
+def test_powers_of_subnormal_numbers_in_compiled_code(exponent: float) -> None:
+    """libdevice's flushes them, which the interpreter's does not."""
+
+    @ro.fuse_pointwise
+    def power(x):
+        c = x**exponent
+        return c * 1.0
+
+    x = torch.tensor([1e-45, 1e-40, 1.1754942e-38, 1.1754944e-38, -1e-40, 0.0, -0.0, 0.5, 2.0], requires_grad=True)
+    like = x.detach().clone().requires_grad_()
+    with simulated_gpu(engine="ptx"), ro.backend("triton"):
+        y = power(x)
+        y.sum().backward()
+    want = like**exponent
+    want.sum().backward()
+    for got, eager in ((y, want), (x.grad, like.grad)):
+        torch.testing.assert_close(got, eager, rtol=2e-5, atol=2e-38, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
