@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from retainops.buffers import Into
+from retainops.buffers import Into, check_apart
 from retainops.names import listed, near
 from retainops.nn.guests import Holder, holders
 from retainops.part import Part
@@ -130,7 +130,8 @@ def retain(model: nn.Module, what: Patterns = "*", want: Want = None) -> Iterato
 
     Raises:
         TypeError: `model` is not a module, or the patterns or wants are of another type.
-        ValueError: the model has no points, an `Into` is for several points, or want is given twice.
+        ValueError: the model has no points, an `Into` is for several points, two of them share memory (unless both add,
+            in different modules), or want is given twice.
         KeyError: a pattern matches nothing; the message lists the names there are.
 
     Example:
@@ -176,6 +177,7 @@ class Asked:
         wants = _choose(who, list(there), _as_mapping(who, what, want))
         for name, wanted in wants.items():
             _check_kind(who, there[name], wanted)
+        check_apart(who, wants, {name: there[name].holder for name in wants})
         slots = {name: Slot(name, wants[name]) for name in there if name in wants}
         requests: dict[Holder, dict[str, Slot]] = {}
         for name, slot in slots.items():

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from retainops.buffers import Into
+from retainops.buffers import Into, check_apart
 from retainops.names import listed, near
 from retainops.part import Part
 from retainops.ranks import all_reduce
@@ -31,7 +31,7 @@ class Retained(Mapping[str, Slot]):
 
     Raises:
         TypeError: a name is not a string, a want is none of these, or nothing is asked for.
-        ValueError: a name is given twice.
+        ValueError: a name is given twice, or two `Into` buffers share memory.
 
     Example:
         >>> kept = ro.Retained("c")
@@ -57,6 +57,7 @@ class Retained(Mapping[str, Slot]):
                     "Part(...) or Relevance(...)"
                 )
             self._slots[name] = Slot(name, want)
+        check_apart("Retained", wants)
 
     @classmethod
     def of(cls, slots: Mapping[str, Slot]) -> Retained:

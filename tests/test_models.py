@@ -248,6 +248,28 @@ def test_the_points_of_a_model() -> None:
 # What is refused
 
 
+def test_two_points_in_one_buffer_are_refused_or_added_up(model_x: tuple) -> None:
+    model, x = model_x
+    buffer = torch.ones(4, D, device=x.device)
+    names = ["layers.0.act", "layers.1.sine.c"]
+    wants = {name: ro.Into(buffer) for name in names}
+    says = "Into buffers for points 'layers.0.act' and 'layers.1.sine.c' share memory.*, or give both accumulate=True"
+    with pytest.raises(ValueError, match=f"retain: the {says}"), ro.retain(model, wants):
+        pass
+    assert not requests_in(model)
+    with ro.retain(model, dict.fromkeys(names, ro.Into(buffer, accumulate=True))):
+        model(x).sum().backward()
+    assert_near(buffer, 1 + sum(oracle(model, x)[name] for name in names), 4)
+
+
+def test_two_points_of_one_op_share_no_buffer() -> None:
+    mlp, buffer = ro.nn.GatedMLP(2, 4), torch.ones(3, 4)
+    wants = dict.fromkeys(["gate", "up"], ro.Into(buffer, accumulate=True))
+    message = "points 'gate' and 'up' share memory.*; give each its own buffer$"
+    with pytest.raises(ValueError, match=message), ro.retain(mlp, wants):
+        pass
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
