@@ -40,6 +40,9 @@ class Retained(Mapping[str, Slot]):
         True
     """
 
+    without_grad = False
+    """Whether a module that holds it was called where grad mode is off."""
+
     def __init__(self, *names: str, **wants: Into | Stats | Part | Relevance) -> None:
         if not names and not wants:
             raise TypeError('Retained: no point named; name at least one, as in Retained("c")')
