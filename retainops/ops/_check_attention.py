@@ -55,6 +55,17 @@ def misfit(point: str, want: Any) -> str | None:
     return None
 
 
+def check_head_sizes(q: Any, k: Any) -> None:
+    """What PyTorch refuses in the words of a product of matrices."""
+    if not isinstance(q, Tensor) or not isinstance(k, Tensor) or q.is_nested or k.is_nested:
+        return
+    if min(q.dim(), k.dim()) > 1 and q.shape[-1] != k.shape[-1]:
+        raise RuntimeError(
+            f"attention: q of shape {tuple(q.shape)} and k of shape {tuple(k.shape)} have heads of different sizes, "
+            "the last dim; expected one size (that of v is its own)"
+        )
+
+
 def validate(inputs: tuple[Any, ...]) -> None:
     """Raise what PyTorch raises of these inputs, by its function of their shapes."""
     if not torch.compiler.is_compiling():
