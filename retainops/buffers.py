@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 
 from retainops.shards import local
@@ -77,6 +82,56 @@ def share_memory(t: torch.Tensor, u: torch.Tensor) -> bool:
         return False  # no memory, or none of this kind
     (t0, t1), (u0, u1) = _range(t), _range(u)
     return t0 < u1 and u0 < t1
+
+
+def check_apart(who: str, wants: Mapping[str, Any], groups: Mapping[str, Any] | None = None) -> None:
+    """Raise if two points are asked for `Into` buffers that have an element in common.
+
+    Only points of different ops may, where both add to what is there. One op's kernel may read ahead of its own writes.
+
+    Args:
+        who: whom the error names.
+        wants: what is wanted, by the names of points.
+        groups: which op each is of; None: all of one.
+    """
+    into = [(name, want) for name, want in wants.items() if isinstance(want, Into)]
+    for (name, want), (other, wanted) in itertools.combinations(into, 2):
+        apart = groups is not None and groups[name] is not groups[other]
+        if (apart and want.accumulate and wanted.accumulate) or not have_in_common(want.buffer, wanted.buffer):
+            continue
+        remedy = ", or give both accumulate=True to have their sum" if apart else ""
+        raise ValueError(
+            f"{who}: the Into buffers for points '{name}' and '{other}' share memory, so that one would hold the "
+            f"other's gradient; give each its own buffer{remedy}"
+        )
+
+
+def have_in_common(t: torch.Tensor, u: torch.Tensor) -> bool:
+    """Whether an element of `t` and one of `u` share memory: columns of one matrix do not, though their ranges meet."""
+    if not share_memory(t, u):
+        return False
+    t, u = local(t), local(u)
+    of_t = [(t.element_size() * stride, size - 1, 0) for stride, size in zip(t.stride(), t.shape, strict=True)]
+    of_u = [(u.element_size() * stride, 0, size - 1) for stride, size in zip(u.stride(), u.shape, strict=True)]
+    bytes_of_both = (1, t.element_size() - 1, u.element_size() - 1)
+    steps: dict[int, tuple[int, int]] = {}
+    for stride, up, down in (*of_t, *of_u, bytes_of_both):
+        more, fewer = steps.get(stride, (0, 0))
+        steps[stride] = more + up, fewer + down
+    found = sorted(((s, *n) for s, n in steps.items() if s and any(n)), reverse=True)
+    return _reached(u.data_ptr() - t.data_ptr(), found)
+
+
+def _reached(distance: int, steps: list[tuple[int, int, int]]) -> bool:
+    """Whether so many bytes are a sum of strides, each taken at most so often forwards and so often backwards."""
+    if not distance or not steps:
+        return not distance
+    if distance % math.gcd(*(stride for stride, _, _ in steps)):
+        return False
+    (stride, up, down), *smaller = steps
+    ahead, back = (sum(s * n[way] for s, *n in smaller) for way in (0, 1))
+    first, last = -((ahead - distance) // stride), (distance + back) // stride
+    return any(_reached(distance - stride * i, smaller) for i in range(max(first, -down), min(last, up) + 1))
 
 
 def _range(t: torch.Tensor) -> tuple[int, int]:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from types import TracebackType
+from typing import Any, NoReturn
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from retainops.buffers import Into
+from retainops.buffers import Into, check_apart
 from retainops.names import listed, near
 from retainops.nn.guests import Holder, holders
+from retainops.nn.point import Point
+from retainops.ops._check_attention import misfit
 from retainops.part import Part
 from retainops.points import PointTable
 from retainops.points import points as points_of_op
@@ -107,30 +111,32 @@ def points(of: Callable[..., Any] | str | nn.Module) -> PointTable | ModelPoints
     return ModelPoints(of) if isinstance(of, nn.Module) else points_of_op(of)
 
 
-@contextlib.contextmanager
-def retain(model: nn.Module, what: Patterns = "*", want: Want = None) -> Iterator[Retained]:
+def retain(model: nn.Module, what: Patterns = "*", want: Want = None) -> Retaining:
     """Ask for the gradients of a model's points, its code unchanged: they land in the `Retained` that this gives.
 
     The points are every `ro.nn.Point` by its module's path ("layers.0.act"), and every point of an op held by a module
     by path and name ("layers.0.sine.c"); `ro.points(model)` lists them. Run forward inside the `with`; backward may
-    come after it. A module that is called without grad is left alone, and so is a point that no gradient reaches, as
-    xhat of a norm of data. The model may be compiled, before or inside: each different set of points is one more graph
-    (`torch._dynamo.config.recompile_limit`), kept for the next time.
+    come after it, unless it runs forward again: with gradient checkpointing keep both inside. A module that is called
+    without grad is left alone, and so is a point that no gradient reaches, as xhat of a norm of data. The model may be
+    compiled, before or inside: each different set of points is one more graph (`torch._dynamo.config.recompile_limit`),
+    kept for the next time.
 
     Args:
         model: any module; requests are held by its own modules alone, so other models see nothing. Threads that run
             the same model see them.
         what: a glob pattern of names ("*" crosses dots), a sequence of them, a callable on the name, or a mapping
-            from pattern to want (of several patterns that match a name, the last one counts).
+            from pattern to want (of several patterns that match a name, the last one counts: general ones first).
         want: in what form: None (the gradient), `Stats(...)`, of points of attention `Part(...)` and `Relevance(...)`,
             or, of a single point, `Into(buffer)`.
 
-    Yields:
-        A mapping from name to `Slot`. It stays valid after the `with`.
+    Returns:
+        For a `with` statement, whose `as` is a mapping from name to `Slot`. It stays valid after the `with`. What is
+        wrong is raised where that is entered. If all that it asks was called without grad, it warns at its end.
 
     Raises:
         TypeError: `model` is not a module, or the patterns or wants are of another type.
-        ValueError: the model has no points, an `Into` is for several points, or want is given twice.
+        ValueError: the model has no points, an `Into` is for several points, two of them share memory (unless both add,
+            in different modules), a pattern of a mapping decides nothing, or want is given twice.
         KeyError: a pattern matches nothing; the message lists the names there are.
 
     Example:
@@ -138,12 +144,46 @@ def retain(model: nn.Module, what: Patterns = "*", want: Want = None) -> Iterato
         ...     loss_of(model(x)).backward()
         >>> kept["layers.3.mlp.act"].l2
     """
-    asked = Asked("retain", model, what, want)
-    asked.on()
-    try:
-        yield asked.kept
-    finally:
+    return Retaining(model, what, want)
+
+
+class Retaining(contextlib.AbstractContextManager[Retained]):
+    """What `retain` gives: the request is made, and the model asked, when the `with` is entered."""
+
+    def __init__(self, model: nn.Module, what: Patterns, want: Want) -> None:
+        self._arguments = model, what, want
+        self._entered: list[Asked] = []
+
+    def __enter__(self) -> Retained:
+        asked = Asked("retain", *self._arguments)
+        asked.on()
+        self._entered.append(asked)
+        return asked.kept
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        asked = self._entered.pop()
         asked.off()
+        if kind is None and (names := asked.without_grad()):
+            warnings.warn(
+                f"retain: every call of {listed(names, 5)} was without grad, so nothing was kept; call the model where "
+                "gradients are enabled, and with a reentrant checkpoint run backward inside the with, too",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def __getitem__(self, name: str) -> NoReturn:
+        raise TypeError(f"retain: {_USE_WITH}")
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise AttributeError(f"retain has no attribute '{name}': {_USE_WITH}")
+
+
+_USE_WITH = (
+    "use it in a with statement, whose `as` holds the gradients: with ro.retain(model, ...) as kept: "
+    "loss_of(model(x)).backward()"
+)
 
 
 class Asked:
@@ -173,9 +213,10 @@ class Asked:
                 f"{who}: {type(_original(model)).__name__} has no points; call ro.fuse(model), which makes points of "
                 f"what it knows, put ro.nn.Point() where a gradient is wanted, or use modules of retainops.nn{more}"
             )
-        wants = _choose(who, list(there), _as_mapping(who, what, want))
+        wants = _choose(who, list(there), _as_mapping(who, what, want), isinstance(what, Mapping))
         for name, wanted in wants.items():
             _check_kind(who, there[name], wanted)
+        check_apart(who, wants, {name: there[name].holder for name in wants})
         slots = {name: Slot(name, wants[name]) for name in there if name in wants}
         requests: dict[Holder, dict[str, Slot]] = {}
         for name, slot in slots.items():
@@ -199,6 +240,12 @@ class Asked:
         for of, request in self._of_holders:
             if isinstance(of, Holder):  # and not a module that was unfused since
                 of.cease(request)
+
+    def without_grad(self) -> list[str]:
+        """The points that were called, if all of them were without grad, so that nothing came and nothing will."""
+        if any(slot.shape is not None or slot._arrival is not None for slot in self.kept.values()):
+            return []
+        return [slot.name for _, request in self._of_holders if request.without_grad for slot in request.values()]
 
 
 def _original(module: nn.Module) -> nn.Module:
@@ -257,18 +304,35 @@ def _check_want(who: str, want: Want) -> None:
 
 
 def _check_kind(who: str, point: ModelPoint, want: Want) -> None:
-    """What is for points of attention fails here, where the point is known to be another op's, not in forward."""
+    """What is for points of attention fails here, where the point is known to be another one, not in forward."""
+    if not is_of_attention(want):
+        return
     op = getattr(point.holder, "op", None)
-    if is_of_attention(want) and op is not None and op.kind != "attention" and point.info in op.points:
+    asked = f"{who}: point '{point.name}' was asked for {want}"
+    if op is not None and op.kind == "attention" and point.info in op.points:
+        if why := misfit(point.info.name, want):
+            raise ValueError(f"{asked}; {why}")
+    elif _is_of_another_op(point):
+        of = point.where if op is None or point.info not in op.points else op.name
         raise ValueError(
-            f"{who}: point '{point.name}' was asked for {want}, which is for points of attention, and it is one of "
-            f"{op.name}; leave it out by the pattern, or ask it for the gradient or for Stats over the tensor, rows or "
-            "channels"
+            f"{asked}, which is for points of attention, and it is one of {of}; leave it out by the pattern, or ask "
+            "it for the gradient or for Stats over the tensor, rows or channels"
         )
 
 
-def _choose(who: str, names: list[str], matchers: list[Matcher]) -> dict[str, Want]:
+def _is_of_another_op(point: ModelPoint) -> bool:
+    """Whether it is no attention's for sure: a `Point`, or one in a module of the user's, may have any shape."""
+    op = getattr(point.holder, "op", None)
+    if op is not None and point.info in op.points:
+        return True
+    parts = getattr(point.holder, "fused_parts", (type(point.holder),))
+    return all(part is not Point and part.__module__.startswith("retainops.") for part in parts)
+
+
+def _choose(who: str, names: list[str], matchers: list[Matcher], mapping: bool) -> dict[str, Want]:
     wants: dict[str, Want] = {}
+    decides: dict[str, str] = {}
+    matched: dict[str, list[str]] = {}
     for pattern, matches, want in matchers:
         chosen = [name for name in names if matches(name)]
         if not chosen:
@@ -279,6 +343,16 @@ def _choose(who: str, names: list[str], matchers: list[Matcher]) -> dict[str, Wa
                 f"{{'{chosen[0]}': Into(...), ...}}"
             )
         wants.update(dict.fromkeys(chosen, want))
+        decides.update(dict.fromkeys(chosen, pattern))
+        matched[pattern] = chosen
+    for pattern in matched if mapping else ():
+        if pattern not in decides.values():
+            later = list(dict.fromkeys(decides[name] for name in matched[pattern]))
+            raise ValueError(
+                f"{who}: '{pattern}' decides nothing: {' and '.join(map(repr, later))} after it "
+                f"match{'es' if len(later) == 1 else ''} all of its points, and of several the last one counts; put "
+                "the general one first"
+            )
     return wants
 
 

@@ -108,5 +108,11 @@ def find(op: Op | str | Callable[..., Any]) -> Op:
     for other, name in _aliases:
         if op is other or op == other:
             return _ops[name]
-    wrong = getattr(op, "__name__", str(op))
-    raise KeyError(f"{wrong!r} is not an op of retainops{near(wrong, _ops) or '; there are: ' + ', '.join(_ops)}")
+    if isinstance(op, torch.nn.Module):
+        raise KeyError(
+            f"a {type(op).__name__} is a model, not an op of retainops; for what a model can be asked, ro.points(model)"
+        )
+    wrong = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
+    # A function that is not ours is another one than any of ours, however alike their names are.
+    meant = near(op, _ops) if isinstance(op, str) else ""
+    raise KeyError(f"{wrong!r} is not an op of retainops{meant or '; there are: ' + ', '.join(_ops)}")

@@ -94,7 +94,10 @@ class Relevance:
             raise ValueError(f"Relevance: nothing asked for; name some of {', '.join(KINDS)}")
         for name in names:
             if name not in KINDS:
-                raise ValueError(f"Relevance: unknown relevance {name!r}; expected some of {', '.join(KINDS)}")
+                raise ValueError(
+                    f"Relevance: unknown relevance {name!r}; expected some of {', '.join(KINDS)}; a statistic of the "
+                    "same point is ro.Stats(...), in a second ro.retain"
+                )
         self.names = tuple(dict.fromkeys(names))
 
     @property

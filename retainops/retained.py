@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from retainops.buffers import Into
+from retainops.buffers import Into, check_apart
 from retainops.names import listed, near
 from retainops.part import Part
 from retainops.ranks import all_reduce
@@ -31,7 +31,7 @@ class Retained(Mapping[str, Slot]):
 
     Raises:
         TypeError: a name is not a string, a want is none of these, or nothing is asked for.
-        ValueError: a name is given twice.
+        ValueError: a name is given twice, or two `Into` buffers share memory.
 
     Example:
         >>> kept = ro.Retained("c")
@@ -39,6 +39,9 @@ class Retained(Mapping[str, Slot]):
         >>> kept.c.grad is kept["c"].grad
         True
     """
+
+    without_grad = False
+    """Whether a module that holds it was called where grad mode is off."""
 
     def __init__(self, *names: str, **wants: Into | Stats | Part | Relevance) -> None:
         if not names and not wants:
@@ -57,6 +60,7 @@ class Retained(Mapping[str, Slot]):
                     "Part(...) or Relevance(...)"
                 )
             self._slots[name] = Slot(name, want)
+        check_apart("Retained", wants)
 
     @classmethod
     def of(cls, slots: Mapping[str, Slot]) -> Retained:

@@ -541,6 +541,15 @@ def test_requests_that_cannot_be_answered(made: Any, kind: type[Exception], said
         ro.attention(q, k, v, retain=made(q))
 
 
+@pytest.mark.parametrize("retain", [None, ro.Retained("p")], ids=["plain", "asked"])
+def test_heads_of_two_sizes(retain: ro.Retained | None, path: Any) -> None:
+    q, k = (torch.ones(1, 2, 5, size, device=path.device, requires_grad=True) for size in (8, 6))
+    says = "attention: q of shape (1, 2, 5, 8) and k of shape (1, 2, 5, 6) have heads of different sizes"
+    with pytest.raises(RuntimeError, match=re.escape(says)):
+        ro.attention(q, k, q, retain=retain)
+    assert ro.attention(q, q, k, retain=retain).shape == (1, 2, 5, 6)
+
+
 def test_relevance_of_cross_attention_is_legrad_alone(path: Any) -> None:
     q, k, v, _ = CASES["other keys"].tensors(torch.float32, path.device)
     for name in ("chefer", "attn_grad"):
@@ -649,6 +658,11 @@ def test_eager_itself_is_what_the_tests_say() -> None:
         (lambda: ro.Part(queries=[True]), TypeError, "Part: queries is [True]; expected an int"),
         (lambda: ro.Relevance(), ValueError, "Relevance: nothing asked for; name some of chefer, legrad, attn_grad"),
         (lambda: ro.Relevance("rollout"), ValueError, "Relevance: unknown relevance 'rollout'"),
+        (
+            lambda: ro.Relevance("chefer", "l2"),
+            ValueError,
+            "a statistic of the same point is ro.Stats(...), in a",
+        ),
         (lambda: ro.Stats("hist", over="heads"), ValueError, 'Stats: "hist" over heads'),
         (
             lambda: ro.Stats("l2", over="head"),

@@ -16,6 +16,7 @@ import retainops as ro
 from retainops import registry
 from retainops.cli import bench, sweep
 from retainops.cli.app import app
+from retainops.ops.pointwise import FAMILY
 from retainops.testing.check import check_layouts
 
 SMALL = ("--op", "mul_sin", "--dtype", "float32", "--shape", "5x7", "--jobs", "1")
@@ -220,11 +221,31 @@ def test_a_table_for_each_op_on_request(monkeypatch):
     assert "add_exp = exp(a + b)" in result.output
 
 
+def test_ops_to_check_by_place_by_option_and_by_family(monkeypatch):
+    monkeypatch.setattr(sweep, "paths", _reference_only)
+    chosen = []
+
+    def nothing(ops, dtypes, size, every_layout):
+        chosen.append(([op.name for op in ops], every_layout))
+        return []
+
+    monkeypatch.setattr(sweep, "tasks", nothing)
+    for args in (["mul_sin", "mish"], ["mul_sin", "--op", "mish"], ["pointwise", "mul_sin", "mish"]):
+        assert run("check", "--jobs", "1", *args).exit_code == 0
+    assert chosen == [(["mul_sin", "mish"], True)] * 2 + [([*FAMILY, "mish"], False)]
+
+
+def test_the_version():
+    result = run("--version")
+    assert (result.exit_code, result.output) == (0, f"retainops {ro.__version__}\n")
+
+
 @pytest.mark.parametrize(
     ("args", "said"),
     [
         (("points", "mul_cosh"), "'mul_cosh' is not an op of retainops; did you mean 'mul_cos'"),
         (("check", "--op", "mul_cosh"), "'mul_cosh' is not an op of retainops; did you mean 'mul_cos'"),
+        (("check", "mul_cosh"), "'mul_cosh' is not an op of retainops; did you mean 'mul_cos'"),
         (("check", "--dtype", "int8"), "--dtype int8: unknown dtype; expected one of float16, bfloat16"),
         (("check", "--shape", "5by7"), "--shape 5by7: expected positive sizes with x between them"),
         (

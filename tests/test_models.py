@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 import threading
 
 import pytest
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointError, checkpoint
 
 import retainops as ro
+from retainops.registry import PointInfo, find
 from tests.conftest import Path
 from tests.oracle import assert_near
 from tests.small_model import (
@@ -113,12 +115,43 @@ def test_gradients_accumulate_over_uses_and_backwards(model_x: tuple) -> None:
 
 def test_without_grad_a_model_is_left_alone(model_x: tuple) -> None:
     model, x = model_x
+    said = pytest.warns(RuntimeWarning)
+    with said as warned, ro.retain(model, ["layers.*.act", "out"]) as kept:
+        for without in (torch.no_grad, torch.inference_mode):
+            with without():
+                model(x)
+    assert all(slot.grad is None and slot.shape is None for slot in kept.values())
+    (warning,) = warned
+    assert re.match("retain: every call of layers.*.act, out was without grad, so nothing was", str(warning.message))
+    assert warning.filename == __file__
+
+
+def test_no_warning_where_some_call_was_with_grad(model_x: tuple) -> None:
+    model, x = model_x
+    with ro.retain(model):  # not called at all
+        pass
     with ro.retain(model) as kept:
+        y = model(x)
         with torch.no_grad():
             model(x)
-        with torch.inference_mode():
+    y.sum().backward()
+    assert_kept(kept, oracle(model, x), ALL)
+    compiled = torch.compile(model, backend="aot_eager")
+    with ro.retain(model, "out", ro.Stats("sum")) as kept:
+        compiled(x).sum().backward()
+        with torch.no_grad():
             model(x)
-    assert all(slot.grad is None and slot.shape is None for slot in kept.values())
+    assert kept["out"].sum == x.numel()
+    with ro.retain(first := ro.nn.Point()):  # of data, in training
+        model(first(x)).sum().backward()
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_attention_without_grad_is_noted_too(need_weights: bool) -> None:
+    model, x = ro.nn.MultiheadAttention(8, 2), torch.ones(2, 3, 8)
+    said = pytest.warns(RuntimeWarning, match="retain: every call of p was without grad")
+    with said, ro.retain(model, "p"), torch.no_grad():
+        model(x, x, x, need_weights=need_weights)
 
 
 def test_an_input_that_needs_no_grad_is_left_alone(path: Path) -> None:
@@ -164,6 +197,19 @@ def test_checkpoint(model_x: tuple, use_reentrant: bool, inside: bool) -> None:
     if not inside:
         y.sum().backward()
     assert_kept(kept, oracle(model, x), IN_BLOCKS)
+
+
+def test_checkpoints_whose_backward_comes_after_the_with(model_x: tuple) -> None:
+    """What docs/retain_grad.md says of it: an error of PyTorch's, or nothing comes."""
+    model, x = model_x
+    with ro.retain(model, "*.act", ro.Stats("act_grad")):
+        y = checkpoint(model, x.requires_grad_(), use_reentrant=False)
+    with pytest.raises(CheckpointError, match="number of tensors"):
+        y.sum().backward()
+    with pytest.warns(RuntimeWarning, match="run backward inside the with"), ro.retain(model, "*.act") as kept:
+        y = checkpoint(model, x, use_reentrant=True)
+    y.sum().backward()
+    assert kept["layers.0.act"].grad is None
 
 
 def test_autocast() -> None:
@@ -248,6 +294,28 @@ def test_the_points_of_a_model() -> None:
 # What is refused
 
 
+def test_two_points_in_one_buffer_are_refused_or_added_up(model_x: tuple) -> None:
+    model, x = model_x
+    buffer = torch.ones(4, D, device=x.device)
+    names = ["layers.0.act", "layers.1.sine.c"]
+    wants = {name: ro.Into(buffer) for name in names}
+    says = "Into buffers for points 'layers.0.act' and 'layers.1.sine.c' share memory.*, or give both accumulate=True"
+    with pytest.raises(ValueError, match=f"retain: the {says}"), ro.retain(model, wants):
+        pass
+    assert not requests_in(model)
+    with ro.retain(model, dict.fromkeys(names, ro.Into(buffer, accumulate=True))):
+        model(x).sum().backward()
+    assert_near(buffer, 1 + sum(oracle(model, x)[name] for name in names), 4)
+
+
+def test_two_points_of_one_op_share_no_buffer() -> None:
+    mlp, buffer = ro.nn.GatedMLP(2, 4), torch.ones(3, 4)
+    wants = dict.fromkeys(["gate", "up"], ro.Into(buffer, accumulate=True))
+    message = "points 'gate' and 'up' share memory.*; give each its own buffer$"
+    with pytest.raises(ValueError, match=message), ro.retain(mlp, wants):
+        pass
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -264,6 +332,16 @@ def test_the_points_of_a_model() -> None:
         (("*", "l2"), TypeError, r"a want is str; expected None, Into\(buffer\) or Stats"),
         (({"out": "l2"},), TypeError, "a want is str"),
         (({"out": None}, ro.Stats("l2")), ValueError, "leave out want"),
+        (
+            ({"out": None, "layers.*": None, "*": ro.Stats("l2")},),
+            ValueError,
+            r"'out' decides nothing: '\*' after it matches all of its points, .* put the general one first",
+        ),
+        (
+            ({"layers.*": None, "*.act": None, "*.c": None},),
+            ValueError,
+            r"'layers.\*' decides nothing: '\*.act' and '\*.c' after it match all",
+        ),
         (
             ("*", ro.Into(torch.zeros(4, D))),
             ValueError,
@@ -306,6 +384,72 @@ def test_what_is_for_points_of_attention_is_refused_before_forward(want: object)
     attention = nn.Sequential(ro.nn.MultiheadAttention(8, 2), ro.nn.Point())
     with ro.retain(attention, "0.p", want):
         pass
+
+
+class Users(ro.nn.HoldsPoints):
+    op = find("mul_sin")
+
+
+@pytest.mark.parametrize(
+    ("model", "point", "of"),
+    [
+        (Users(), "c", "mul_sin"),
+        (ro.nn.Siren(2.0), "c", "Siren"),  # their points are not an op's, word for word
+        (ro.nn.GatedMLP(2, 4), "gate", "GatedMLP"),
+        (nn.TransformerEncoderLayer(8, 2, batch_first=True), "c", "TransformerEncoderLayer"),
+    ],
+    ids=["user's", "siren", "gated", "fused"],
+)
+def test_points_of_no_attention_in_modules_of_ours(model: nn.Module, point: str, of: str) -> None:
+    message = rf"retain: point '{point}' was asked for Relevance\(chefer\), .* it is one of {of};"
+    if not isinstance(model, ro.nn.HoldsPoints):
+        ro.fuse(model)
+    with pytest.raises(ValueError, match=message), ro.retain(model, point, ro.Relevance("chefer")):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("point", "want", "message"),
+    [
+        ("s", ro.Relevance("legrad"), "it is of the probabilities: ask point 'p'"),
+        ("o", ro.Part(keys=0), "it has no keys: ask for heads or queries"),
+        ("o", ro.Stats("l2", over="keys"), "it has no keys: ask for heads or queries"),
+    ],
+    ids=["relevance of s", "part of o", "statistics of o"],
+)
+def test_what_a_point_of_attention_does_not_have_is_refused_before_forward(point, want, message: str) -> None:
+    model = nn.Sequential(ro.nn.MultiheadAttention(8, 2))
+    with pytest.raises(ValueError, match=rf"retain: point '0\.{point}' was .*{message}"), ro.retain(model, "*", want):
+        pass
+    with ro.retain(model, "0.p", want):
+        pass
+
+
+def test_points_of_modules_of_the_users_may_be_of_attention() -> None:
+    class Mine(ro.nn.HoldsPoints):
+        def point_infos(self):
+            return (PointInfo("weights", "softmax(s)", "(batch, heads, queries, keys)"),)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.point("weights", x)
+
+    x = torch.rand(1, 2, 3, 3, requires_grad=True)
+    for model, name in ((Mine(), "weights"), (ro.nn.Point(), "")):
+        with ro.retain(model, name, ro.Relevance("chefer")) as kept:
+            model(x).sum().backward()
+        assert torch.equal(kept[name].chefer, x.detach().mean(1))
+
+
+def test_retain_without_with() -> None:
+    model, _ = make()
+    with pytest.raises(TypeError, match=r"retain: use it in a with statement.*: with ro.retain\(model, ...\) as kept"):
+        ro.retain(model)["out"]
+    with pytest.raises(AttributeError, match="retain has no attribute 'reset': use it in a with statement"):
+        ro.retain(model).reset()
+    asked = ro.retain(model)
+    with asked, asked:
+        assert len(requests_in(model)) == 5
+    assert not requests_in(model)
 
 
 def test_models_without_points() -> None:

@@ -61,6 +61,16 @@ def test_compiled_by_inductor() -> None:
     assert_near(stats["layers.0.sine.c"].amax, expected["layers.0.sine.c"].abs().max(), 4)
 
 
+def test_two_points_add_up_in_one_buffer() -> None:
+    model, x = make()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    names, buffer = ["layers.0.act", "layers.1.sine.c"], torch.ones(4, D)
+    with ro.retain(compiled, dict.fromkeys(names, ro.Into(buffer, accumulate=True))):
+        compiled(x).sum().backward()
+    expected = oracle(model, x)
+    assert_near(buffer, 1 + sum(expected[name] for name in names), 4)
+
+
 def compile_before(model: Model) -> tuple[nn.Module, Callable]:
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     return compiled, compiled

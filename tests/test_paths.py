@@ -212,7 +212,12 @@ def test_other_names_of_an_op() -> None:
 
 def test_explain_of_something_else() -> None:
     with pytest.raises(KeyError, match="'relu' is not an op of retainops; did you mean '(reglu|.*_relu)'"):
-        ro.explain(torch.relu, torch.ones(1))
+        ro.explain("relu", torch.ones(1))
+    with pytest.raises(KeyError, match="'sin' is not an op of retainops; there are: "):
+        ro.points(torch.sin)
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    with pytest.raises(KeyError, match=r"a Sequential is a model, not an op of retainops; .*, ro.points\(model\)"):
+        ro.explain(model, torch.ones(1))
     with pytest.raises(KeyError, match="'einsum' is not an op of retainops; there are: .*mul_sin"):
         ro.explain(torch.einsum, torch.ones(1))
     assert repr(ro.points(ro.mul_sin)) == "mul_sin: sin(a * b)\n  c = a * b   (broadcast of a and b)"

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import retainops as ro
-from retainops.buffers import overlaps_itself, share_memory
+from retainops.buffers import have_in_common, overlaps_itself, share_memory
 from tests.conftest import GPU, Path, random_leaves
 from tests.oracle import assert_near
 
@@ -194,11 +194,62 @@ def test_names_that_are_not_there() -> None:
         (lambda: ro.Retained("c", c=ro.Into(torch.zeros(1))), ValueError, "'c' is named twice"),
         (lambda: ro.Retained(3), TypeError, "name is int; expected a string"),
         (lambda: ro.Retained(c=torch.zeros(1)), TypeError, r"c= is Tensor; expected .*Into\(buffer\)"),
+        (lambda: _two_into(False), ValueError, "for points 'c' and 'h' share memory.*; give each its own buffer$"),
+        (lambda: _two_into(True), ValueError, "for points 'c' and 'h' share memory"),  # a kernel may read ahead
     ],
 )
 def test_requests_that_make_no_sense(make, error, message: str) -> None:
     with pytest.raises(error, match=f"Retained: .*{message}"):
         make()
+
+
+def _two_into(accumulate: bool) -> ro.Retained:
+    whole = torch.zeros(4, 6)
+    return ro.Retained(c=ro.Into(whole[:3], accumulate=accumulate), h=ro.Into(whole[1:], accumulate=accumulate))
+
+
+def test_parts_of_one_tensor_are_buffers_for_two_points(path: Path, ab: tuple) -> None:
+    @ro.fuse_pointwise
+    def f(a, b):
+        c = a * b
+        h = torch.tanh(c)
+        return torch.sin(h)
+
+    both = torch.full((6, 2, 50), 9.0, device=path.device)
+    f(*ab, retain=ro.Retained(c=ro.Into(both[:, 0]), h=ro.Into(both[:, 1]))).sum().backward()
+    kept = ro.Retained("c", "h")
+    f(*ab, retain=kept).sum().backward()
+    assert torch.equal(both[:, 0], kept.c.grad)
+    assert torch.equal(both[:, 1], kept.h.grad)
+
+
+def _views(x: torch.Tensor) -> list[torch.Tensor]:
+    n = x.numel()
+    grids = [x, x.view(-1, 12), x.view(8, -1).t(), x.view(2, 3, -1)]
+    steps = [v[..., i::j] for v in grids for i, j in ((0, 2), (1, 2), (2, 3))]
+    rows = [v[i::2] for v in grids[1:] for i in (0, 1)]
+    few = [x.view(-1, 12)[i : i + 2, :1] for i in (0, 3, 6)]  # met by steps of 7 only further on, or further back
+    return [
+        x[: n // 3],
+        x[n // 3 :],
+        x[n // 3 :].view(2, -1)[:, 3:5],
+        *(x[i::7] for i in range(7)),
+        *few,
+        *steps,
+        *rows,
+    ]
+
+
+def test_what_two_tensors_have_in_common() -> None:
+    """Against what is written, of many views of one memory."""
+    memory, seen = torch.zeros(96), []
+    for t in _views(memory):
+        for u in _views(memory) + _views(memory.view(torch.float16)):
+            memory.zero_()
+            u.fill_(1)
+            seen.append(bool(t.count_nonzero()))
+            assert have_in_common(t, u) == have_in_common(u, t) == seen[-1], (t.shape, t.stride(), u.shape, u.stride())
+    assert {True, False} == set(seen)
 
 
 def test_the_tensor_of_an_unused_slot() -> None:

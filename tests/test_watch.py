@@ -349,6 +349,12 @@ def test_json_lines(tmp_path: Path) -> None:
     assert rows[0]["l2"] == pytest.approx(oracle(model, x)["layers.0.act"].norm().item())
     assert (rows[0]["nonfinite"], rows[2]["sum"]) == (0, [4.0] * D)
     assert stream.getvalue() == file.read_text()
+    with pytest.raises(FileNotFoundError, match="JsonLines: the folder of '.*x.jsonl' is not there; make it"):
+        JsonLines(tmp_path / "nowhere" / "x.jsonl")
+    with pytest.raises(IsADirectoryError, match="JsonLines: '.*' is a folder; give the path of a file in it"):
+        JsonLines(tmp_path)
+    with pytest.raises(TypeError, match="JsonLines: file is NoneType; expected a path or an open text file"):
+        JsonLines(None)
     with JsonLines(file) as lines:  # as with the other sinks
         assert callable(lines)
 
@@ -380,6 +386,11 @@ def test_tensorboard_and_the_live_table() -> None:
     assert scalars["gradients/layers.0.act/l2", 2] == pytest.approx(l2)
     assert "step 2" in out.getvalue()
     assert f"{l2:.3g}" in out.getvalue()
+    for folder in ("runs/1", Path("runs/1")):
+        with pytest.raises(TypeError, match=r"is 'runs/1'; expected a .*: TensorBoard\(SummaryWriter\('runs/1'\)\)"):
+            TensorBoard(folder)
+    with pytest.raises(TypeError, match=r"TensorBoard: writer is type; expected a .*\(SummaryWriter\(\)\)"):
+        TensorBoard(int)
 
 
 def test_a_sink_that_fails_is_heard_and_leaves_the_model_alone() -> None:

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from retainops import registry
 from retainops.cli import sweep
-from retainops.cli.messages import fail, found_op
+from retainops.cli.messages import POINTWISE, fail, found_ops
 from retainops.cli.sweep import KERNELS, REFERENCE, Outcome
 from retainops.testing.check import Row
 
@@ -24,14 +24,20 @@ SHOWN = 5
 
 
 def check(
-    op: Annotated[list[str] | None, typer.Option(help="Only this op; may be repeated.", metavar="NAME")] = None,
+    ops: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help=f"Only these ops; {POINTWISE}: each of that family.", metavar="[OP]...", show_default=False
+        ),
+    ] = None,
+    op: Annotated[list[str] | None, typer.Option(help="The same, as an option.", metavar="NAME")] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="Only this dtype; may be repeated.", metavar="NAME")] = None,
     shape: Annotated[str, typer.Option(help="Shape of the inputs.", metavar="ROWSxCOLUMNS")] = "37x53",
     every_layout: Annotated[
-        bool, typer.Option("--every-layout", help="Check every op in every layout, as with --op.")
+        bool, typer.Option("--every-layout", help="Check every op in every layout, as if it was named.")
     ] = False,
     verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="A table for each op, with errors by dtype, as with --op.")
+        bool, typer.Option("--verbose", "-v", help="A table for each op, with errors by dtype, as if it was named.")
     ] = False,
     layouts: Annotated[
         bool, typer.Option("--layouts", help="In these tables, a row for each layout, not the worst of them.")
@@ -42,29 +48,31 @@ def check(
 
     Each is compared with a float64 oracle and must be as near to it as eager PyTorch is; retaining must not change a
     bit of anything else. The kernels run on the GPU or, where there is none, on a simulated one; the reference path
-    is checked too. One op of each kind is checked in every layout, the others in some of them, or with --op in all.
-    The exit status is 1 if anything fails. `retainops.testing.check_op` does this for ops of yours.
+    is checked too. One op of each kind is checked in every layout, the others in some; an op that is named, in all. The
+    exit status is 1 if anything fails. `retainops.testing.check_op` does this for ops of yours.
 
-    Example: retainops check --op mul_sin --dtype bfloat16 --layouts
+    Example: retainops check mul_sin --dtype bfloat16 --layouts
     """
-    ops = [found_op(name) for name in op] if op else list(registry.ops())
+    given = [*(ops or []), *(op or [])]
+    chosen = list({found.name: found for name in given for found in found_ops(name)}.values()) or list(registry.ops())
+    named = bool(given) and POINTWISE not in given  # those of the family are many
     names = dtype or list(DTYPES)
     for name in names:
         if name not in DTYPES:
             fail(f"--dtype {name}: unknown dtype; expected one of {', '.join(DTYPES)}")
     if jobs < 0:
         fail(f"--jobs {jobs}: expected a number of processes, or 0 for as many as cores")
-    work = sweep.tasks(ops, [DTYPES[name] for name in names], _size(shape), every_layout or bool(op))
+    work = sweep.tasks(chosen, [DTYPES[name] for name in names], _size(shape), every_layout or named)
     console = Console()
     console.print(Text("\n".join(way.description for way in sweep.paths())))
     outcomes = _run(console, work, jobs or sweep.cores())
-    if op or verbose or layouts:
+    if named or verbose or layouts:
         over = "" if layouts else ", the largest over all layouts"
         console.print(f"max |x - oracle|{over}; oracle: eager in float64")
-        for one in ops:
+        for one in chosen:
             console.print(_table(one, [o for o in outcomes if o.op == one.name], layouts))
     else:
-        console.print(_summary(ops, outcomes))
+        console.print(_summary(chosen, outcomes))
     _conclude(console, outcomes)
 
 

@@ -7,12 +7,22 @@ from typing import NoReturn
 import typer
 
 from retainops import registry
+from retainops.ops.pointwise import FAMILY
 
 
 def fail(message: str, status: int = 2) -> NoReturn:
     """Say it in one line on stderr and leave: status 2 for a mistake in what was asked, 1 for a failed check."""
     typer.echo(f"retainops: {message}", err=True)
     raise typer.Exit(status)
+
+
+POINTWISE = "pointwise"
+"""What the ops of the family are called together."""
+
+
+def found_ops(name: str) -> list[registry.Op]:
+    """The op of this name, or those of the family; leaves with a message if there is none."""
+    return [op for op in registry.ops() if op.name in FAMILY] if name == POINTWISE else [found_op(name)]
 
 
 def found_op(name: str) -> registry.Op:

@@ -11,12 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from retainops import registry
-from retainops.cli.messages import found_op
+from retainops.cli.messages import POINTWISE, found_op, found_ops
 from retainops.cli.snippet import snippet
 from retainops.ops.pointwise import BINARY, FAMILY, UNARY
-
-POINTWISE = "pointwise"
-"""What the ops of the family are called together."""
 
 
 def points(
@@ -47,9 +44,7 @@ def points(
 
 
 def _chosen(op: str | None) -> list[registry.Op]:
-    if op == POINTWISE:
-        return [record for record in registry.ops() if record.name in FAMILY]
-    return [record for record in registry.ops() if record.name not in FAMILY] if op is None else [found_op(op)]
+    return [record for record in registry.ops() if record.name not in FAMILY] if op is None else found_ops(op)
 
 
 def _add(table: Table, name: str, formula: str, points: tuple[registry.PointInfo, ...], inner: str = "") -> None:

@@ -66,6 +66,24 @@ class Tracer(GraphAppendingTracer):
 _FUSED = ("softmax", "log_softmax", "layer_norm", "rms_norm", "group_norm", "cross_entropy")
 _REDUCING = ("sum", "mean", "prod", "var", "std", "norm", "amax", "amin", "max", "min", "logsumexp", "cumsum")
 _PRODUCTS = ("matmul", "mm", "bmm", "linear", "einsum")
+_OUTSIDE = (
+    *("to", "type", "type_as", "float", "double", "half", "bfloat16", "cpu", "cuda", "size", "dim", "numel", "item"),
+    *("dropout", "numpy"),
+)
+"""What has no place in a kernel, but beside it."""
+WRITTEN_AS = {
+    "leaky_relu": "torch.where(x > 0, x, 0.01 * x)",
+    "elu": "torch.where(x > 0, x, torch.expm1(torch.clamp(x, max=0)))",
+    "selu": "1.0507009873554805 * torch.where(x > 0, x, 1.6732632423543772 * torch.expm1(torch.clamp(x, max=0)))",
+    "relu6": "torch.clamp(x, 0, 6)",
+    "hardtanh": "torch.clamp(x, -1, 1)",
+    "hardsigmoid": "torch.clamp(x + 3, 0, 6) / 6",
+    "hardswish": "x * torch.clamp(x + 3, 0, 6) / 6",
+    "logsigmoid": "-F.softplus(-x)",
+    "softsign": "x / (1 + torch.abs(x))",
+    "tanhshrink": "x - torch.tanh(x)",
+}
+"""Functions that a few supported ones make, with their defaults."""
 
 
 def _remedy(what: str) -> str:
@@ -73,6 +91,14 @@ def _remedy(what: str) -> str:
     name = what.rpartition(".")[2]
     if "in-place" in what:
         return "make a new value and bind the name to it: c = c + 1"
+    if name in WRITTEN_AS:
+        return f"write it as {WRITTEN_AS[name]}"
+    if what.startswith("numpy."):
+        return "use torch's functions, torch.sin(x) for numpy.sin(x), and float(c) for a number c of numpy's"
+    if what.endswith("(float)"):
+        return "of functions of math, use torch's: torch.sin(x) for math.sin(x)"
+    if what.startswith("the attribute") or name in _OUTSIDE:
+        return "do it outside the function, and pass the result"
     if name in _FUSED:
         return f"do it outside the function: ro.{name} is fused"
     if name in _REDUCING + _PRODUCTS:
@@ -103,6 +129,16 @@ class Value(fx.Proxy):
     """A stand-in that lets no operation on it pass for another one."""
 
     tracer: Tracer
+
+    def __array_ufunc__(self, function: Any, *_: Any, **__: Any) -> None:
+        self.tracer.refuse(f"numpy.{function.__name__}")
+
+    def __array_function__(self, function: Any, *_: Any, **__: Any) -> None:
+        self.tracer.refuse(f"numpy.{function.__name__}")
+
+    @property
+    def __array_struct__(self) -> None:
+        self.tracer.refuse("numpy.asarray, or another function of numpy's,")
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in ("tracer", "node"):

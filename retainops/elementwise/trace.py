@@ -13,6 +13,7 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import torch
 from torch import fx
 
 from retainops.elementwise.rules import Step
@@ -69,6 +70,11 @@ def trace(fn: Callable[..., Any]) -> Traced:
     by_place = [value for p, value in values.items() if p.kind is not p.KEYWORD_ONLY]
     by_name = {p.name: value for p, value in values.items() if p.kind is p.KEYWORD_ONLY}
     result, local = _run(fn, by_place, by_name)
+    if isinstance(result, torch.Tensor):
+        raise TypeError(
+            f"{fn.__name__} returns a tensor that was not computed from its parameters; a fused function returns one "
+            "that was"
+        )
     if not isinstance(result, fx.Proxy):
         raise TypeError(f"{fn.__name__} returns {_described(result)}; a fused function returns one tensor")
     graph.output(result.node)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from os import PathLike
+from pathlib import Path
 from typing import IO, Any
 
 import torch
@@ -22,6 +23,11 @@ class JsonLines:
     Args:
         file: a path, to which lines are added, or an open text file.
 
+    Raises:
+        TypeError: `file` is neither.
+        FileNotFoundError: the folder of the path is not there.
+        IsADirectoryError: the path is a folder.
+
     Example:
         >>> with ro.watch(model, to=JsonLines("gradients.jsonl")) as watcher:
         ...     train(model, watcher)
@@ -31,6 +37,15 @@ class JsonLines:
     def __init__(self, file: str | PathLike[str] | IO[str]) -> None:
         self._path = file if isinstance(file, (str, PathLike)) else None
         self._file = None if isinstance(file, (str, PathLike)) else file
+        # Here and not at the first step that is read, which may be hours later.
+        if self._path is None:
+            if not hasattr(file, "write"):
+                raise TypeError(f"JsonLines: file is {type(file).__name__}; expected a path or an open text file")
+        elif Path(self._path).is_dir():
+            raise IsADirectoryError(f"JsonLines: {str(self._path)!r} is a folder; give the path of a file in it")
+        elif not Path(self._path).absolute().parent.is_dir():
+            path = str(self._path)
+            raise FileNotFoundError(f"JsonLines: the folder of {path!r} is not there; make it first, with os.makedirs")
 
     def __enter__(self) -> JsonLines:
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from os import PathLike
 from typing import Any
 
 import torch
@@ -18,12 +19,22 @@ class TensorBoard:
         writer: as of `log`.
         prefix: goes before every tag.
 
+    Raises:
+        TypeError: `writer` has no method `add_scalar`: it is a folder, say.
+
     Example:
         >>> with ro.watch(model, to=TensorBoard(SummaryWriter())) as watcher:
         ...     train(model, watcher)
     """
 
     def __init__(self, writer: Any, prefix: str = "gradients/") -> None:
+        if not hasattr(writer, "add_scalar"):  # here and not at the first step that is read
+            given, folder = type(writer).__name__, ""
+            if isinstance(writer, (str, PathLike)):
+                given = folder = repr(str(writer))
+            raise TypeError(
+                f"TensorBoard: writer is {given}; expected a SummaryWriter: TensorBoard(SummaryWriter({folder}))"
+            )
         self.writer, self.prefix = writer, prefix
 
     def __call__(self, step: int, readings: Readings) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from retainops.nn.point import HoldsPoints, gradients_reach
+from retainops.nn.point import HoldsPoints, gradients_reach, note_without_grad
 from retainops.ops.attention import ATTENTION, attention, attention_of
 from retainops.retained import Retained
 
@@ -23,6 +23,7 @@ def attend(inputs: tuple[Any, ...], requests: tuple[Retained, ...]) -> Tensor:
     """
     if requests and gradients_reach(*inputs):
         return attention_of(inputs, requests)
+    note_without_grad(requests)
     return attention(*inputs[:8], **dict(zip(("softcap", "window"), inputs[8:], strict=False)))
 
 
@@ -68,6 +69,7 @@ class MultiheadAttention(nn.MultiheadAttention, HoldsPoints):
     ) -> tuple[Tensor, Tensor | None]:
         masks = [t for t in (key_padding_mask, attn_mask) if t is not None]
         if not self._requests or not gradients_reach(query, key, value, *masks, *self.parameters()):
+            note_without_grad(self._requests)
             return super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )

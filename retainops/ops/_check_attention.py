@@ -41,12 +41,29 @@ def check(
         if any(w is not None and w < 0 for w in sides):
             raise ValueError(f"{op}: window is {window!r}; expected numbers of keys to each side, 0 or above")
     for name, slot in (item for retain in requests if isinstance(retain, Retained) for item in retain.items()):
-        want = slot.want
-        if isinstance(want, Relevance) and name != "p":
-            raise ValueError(f"{op}: point '{name}' was asked for {want}; it is of the probabilities: ask point 'p'")
-        of_keys = getattr(want, "over", "") == "keys" or (isinstance(want, Part) and "keys" in want.chosen)
-        if name == "o" and of_keys:
-            raise ValueError(f"{op}: point 'o' was asked for {want}; it has no keys: ask for heads or queries of it")
+        if why := misfit(name, slot.want):
+            raise ValueError(f"{op}: point '{name}' was asked for {slot.want}; {why}")
+
+
+def misfit(point: str, want: Any) -> str | None:
+    """Why this point of attention cannot be wanted in this form; None: it can."""
+    if isinstance(want, Relevance) and point != "p":
+        return "it is of the probabilities: ask point 'p'"
+    of_keys = getattr(want, "over", "") == "keys" or (isinstance(want, Part) and "keys" in want.chosen)
+    if point == "o" and of_keys:
+        return "it has no keys: ask for heads or queries of it"
+    return None
+
+
+def check_head_sizes(q: Any, k: Any) -> None:
+    """What PyTorch refuses in the words of a product of matrices."""
+    if not isinstance(q, Tensor) or not isinstance(k, Tensor) or q.is_nested or k.is_nested:
+        return
+    if min(q.dim(), k.dim()) > 1 and q.shape[-1] != k.shape[-1]:
+        raise RuntimeError(
+            f"attention: q of shape {tuple(q.shape)} and k of shape {tuple(k.shape)} have heads of different sizes, "
+            "the last dim; expected one size (that of v is its own)"
+        )
 
 
 def validate(inputs: tuple[Any, ...]) -> None:

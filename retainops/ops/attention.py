@@ -15,7 +15,7 @@ from retainops.ops._asked import Call, cast, default_scale, output_shape, scores
 from retainops.ops._attention import POINTS, listen, lse_of
 from retainops.ops._attention_tiled import tiled
 from retainops.ops._check import check_tensor, refuses_dtypes
-from retainops.ops._check_attention import Window, bounds, check, product_dtype, sdpa, validate
+from retainops.ops._check_attention import Window, bounds, check, check_head_sizes, product_dtype, sdpa, validate
 from retainops.points import reader, tap
 from retainops.registry import Op, Point, PointInfo
 from retainops.retained import Retained
@@ -85,6 +85,7 @@ def attention(
 
     Source: Dao 2023 (arXiv 2307.08691) for making tiles of scores again.
     """
+    check_head_sizes(q, k)
     if retain is None and softcap is None and window is None:
         return sdpa((q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa))
     requests = () if retain is None else (retain,)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
+import math
 import sys
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
 import retainops as ro
+from retainops.elementwise.standins import WRITTEN_AS
 from retainops.elementwise.trace import trace
 
 SCALE = 2.0
@@ -163,10 +166,20 @@ def operations():
     def exponential(x):
         return 2**x
 
-    def numpy(x):
-        import math
-
+    def of_math(x):
         return x * math.sin(x)
+
+    def of_numpy(x):
+        return np.sin(x) * 2
+
+    def numpys_where(x):
+        return np.where(x > 0, x, 2)
+
+    def numpys_array(x):
+        return x * np.asarray(x)
+
+    def numpys_number(x):
+        return np.float64(2) * x
 
     def constant(x):
         return x * WEIGHT
@@ -196,7 +209,11 @@ def operations():
         reduced_along: "both must be tensors",
         power: "the exponent must be a number that is known when the function is traced",
         exponential: r"torch.exp\(x \* math.log\(a\)\)",
-        numpy: "reading a value on the host",
+        of_math: r"reading a value on the host \(float\).*use torch's: torch.sin\(x\) for math.sin\(x\)",
+        of_numpy: r"numpy.sin at .*; use torch's functions, torch.sin\(x\) for numpy.sin",
+        numpys_where: "numpy.where at ",
+        numpys_array: "numpy.asarray",
+        numpys_number: r"numpy.multiply at .*;.* and float\(c\) for a number c of numpy's",
         constant: "a tensor that is not a parameter.*make it a parameter",
         imaginary: "an operand is complex",
         beta: "only softplus",
@@ -292,13 +309,28 @@ def test_the_error_lists_what_is_supported() -> None:
         (lambda x: F.layer_norm(x, (3,)), "do it outside the function: ro.layer_norm is fused"),
         (lambda x: x - x.mean(), "do it outside the function, and make the result a parameter"),
         (lambda x, w: x @ w, "do it outside the function, and make the result a parameter"),
+        (lambda x: x.to(torch.float16) * 2, "do it outside the function, and pass the result"),
+        (lambda x: x / x.shape[-1], "do it outside the function, and pass the result"),
+        (lambda x: F.dropout(x * 2), "do it outside the function, and pass the result"),
+        (lambda x: F.leaky_relu(x), r"write it as torch.where\(x > 0, x, 0.01 \* x\)"),
         (lambda x: x.mul_(2), r"make a new value and bind the name to it: c = c \+ 1"),
     ],
-    ids=["softmax", "layer_norm", "mean", "matmul", "in place"],
+    ids=["softmax", "layer_norm", "mean", "matmul", "cast", "shape", "dropout", "leaky", "in place"],
 )
 def test_the_error_says_what_to_do(fn, remedy: str) -> None:
     with pytest.raises(NotImplementedError, match=f"is not supported in a fused function; .*{remedy}"):
         ro.fuse_pointwise(fn)
+
+
+@pytest.mark.parametrize("name", WRITTEN_AS)
+def test_what_the_error_says_to_write_is_that_function(name: str) -> None:
+    written = {"torch": torch, "F": F}
+    exec(f"def f(x):\n    return {WRITTEN_AS[name]}", written)
+    fused = ro.fuse_pointwise(written["f"])
+    x = torch.cat([torch.linspace(-9, 9, 41), torch.tensor([-200.0, 200.0])]).requires_grad_()
+    found, want = (f(x) for f in (fused, getattr(F, name)))
+    torch.testing.assert_close(found, want)
+    torch.testing.assert_close(*(torch.autograd.grad(y.sum(), x)[0] for y in (found, want)))
 
 
 @pytest.mark.parametrize("fn", control_flow(), ids=lambda f: f.__name__)
@@ -343,6 +375,9 @@ def signatures():
     def no_tensor(x):
         return 3.0
 
+    def another_tensor(x):
+        return torch.ones(3) * 2
+
     def none(x):
         x * 2
 
@@ -374,6 +409,7 @@ def signatures():
         nothing: "has no parameters",
         pair: "returns a tuple of 2; a fused function returns one tensor",
         no_tensor: "returns 3.0",
+        another_tensor: "returns a tensor that was not computed from its parameters",
         none: "returns None",
         generator: "a generator or a coroutine",
         coroutine: "a generator or a coroutine",
