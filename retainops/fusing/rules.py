@@ -96,14 +96,20 @@ def norm(module: Any) -> Verdict:
     for kind, part in known:
         if isinstance(module, kind):
             if type(module).forward is not kind.forward:
-                return _of_timm(module) or _overriding(module, kind)
+                ours = _of_timm(module)
+                return _overriding(module, kind) if ours is None else _no_room(module.eps) or ours
             if not _has_own_forward(kind):
                 return f"the forward of torch.nn.{kind.__name__} was exchanged"
             shape: Any = getattr(module, "normalized_shape", (1,))
             if len(shape) != 1:
                 return f"it is over several dims, {tuple(shape)}"
-            return part
+            return _no_room(module.eps) or part
     return None
+
+
+def _no_room(eps: float | None) -> str | None:
+    """What to say of an eps that PyTorch takes and the ops do not; None: they do."""
+    return None if eps is None or eps > 0 else f"its eps is {eps}; the op takes one above 0"
 
 
 def _of_timm(module: Any) -> Part | None:
@@ -150,6 +156,8 @@ def rms_norm(module: Any) -> Verdict:
         return "it has more than a weight"
     if any(step.opname in ("STORE_ATTR", "STORE_GLOBAL") for step in dis.get_instructions(inspect.unwrap(cls.forward))):
         return "its forward does more than to return a value"
+    if (why := _no_room(eps)) is not None:
+        return why
     kinds = (norms.LlamaRMSNorm, norms.GemmaRMSNorm, norms.RMSNorm, norms.T5RMSNorm)
     fits = (kind for kind in kinds if same_norm(module, kind.plain))
     return next(fits, "no norm of retainops computes what it does")
