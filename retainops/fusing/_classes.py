@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import nn
 
-from retainops.fusing._code import Methods, Site, methods, rewritten, wrappers
+from retainops.fusing._code import Methods, methods, rewritten, wrappers
+from retainops.fusing._patterns import Site
 from retainops.nn.point import HoldsPoints
 from retainops.registry import PointInfo
 

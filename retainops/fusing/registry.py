@@ -8,7 +8,7 @@ from typing import Any, overload
 
 from torch import nn
 
-from retainops.fusing._code import Pattern
+from retainops.fusing._patterns import Pattern
 from retainops.nn.point import HoldsPoints
 
 Part = type[HoldsPoints]

@@ -112,7 +112,8 @@ def test_the_table(block: Block) -> None:
     assert table.replaced == tuple(table)
     assert table[0].name == "0"
     assert "  *.norm1    TinyRMSNorm  rms_norm            2 times" in repr(table).splitlines()
-    assert repr(ro.fuse(nn.Linear(2, 2))) == "Linear, fused: nothing that a rule knows"
+    assert repr(ro.fuse(nn.Linear(2, 2))) == "Linear: nothing fused; no rule knows what it computes"
+    assert repr(ro.unfuse(nn.Linear(2, 2))) == "Linear: nothing unfused; nothing in it was fused"
 
 
 def test_fusing_twice_changes_nothing_and_says_so(block: Block, x: torch.Tensor) -> None:
