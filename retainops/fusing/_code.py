@@ -28,7 +28,9 @@ def sites_of(cls: type, pattern: Pattern, done: tuple[Site, ...] = ()) -> tuple[
 def _sites_in(functions: Methods, pattern: Pattern, done: tuple[Site, ...]) -> tuple[Site, ...]:
     found: list[Site] = []
     for name, function in functions:
-        if (tree := _parsed(function)) is not None:
+        # A function that a class has by another name is of other classes too, which may call it in a loop.
+        if (tree := _parsed(function)) is not None and name in (tree.name, "forward"):
+            tree.name = name
             _rewrite(tree, [site for site in done if site.method == name])
             rewriter = Rewriter(tree, pattern, frozenset())
             rewriter.visit(tree)
@@ -50,6 +52,7 @@ def rewritten(functions: Methods, sites: tuple[Site, ...]) -> dict[str, Function
         tree = _parsed(function) if function else None
         if tree is None:
             raise LookupError(f"its method {name} has no source that can be read")
+        tree.name = name
         _rewrite(tree, [site for site in sites if site.method == name])
         made[name] = _compiled(tree, function)
     return made
@@ -136,7 +139,8 @@ def _compiled(tree: ast.FunctionDef, function: Any) -> FunctionType:
     new, own = made[tree.name], inspect.unwrap(made[tree.name])
     # Its defaults are the very objects that the original's are.
     own.__defaults__, own.__kwdefaults__ = inner.__defaults__, inner.__kwdefaults__
-    own.__qualname__ = new.__qualname__ = function.__qualname__
+    own.__name__, own.__qualname__ = inner.__name__, inner.__qualname__
+    new.__name__, new.__qualname__ = function.__name__, function.__qualname__
     return new
 
 

@@ -6,7 +6,6 @@ import inspect
 from typing import Any
 
 from torch import nn
-from torch.nn import functional as F
 
 from retainops.fusing import norms, parts
 from retainops.fusing._classes import Fused
@@ -22,6 +21,16 @@ def rope(module: Any) -> Verdict:
     if function is None or not rotates_as_rope(function):
         return "its apply_rotary_pos_emb is not that of rope"
     return parts.Rotary
+
+
+@fuse_rule(before="FN(*ARGS, **NAMED)", after="self.fused_sdpa(FN, *ARGS, **NAMED)")
+def sdpa(module: Any, FN: Any) -> Verdict:
+    """A call of PyTorch's attention function."""
+    if FN is not parts.SDPA:
+        return None
+    if getattr(module, "fused_attn", True) is False:
+        return "its fused_attn is False, with which timm's attention does not call it"
+    return parts.Sdpa
 
 
 @fuse_rule(
@@ -92,7 +101,7 @@ def gated(module: Any, ACT: str) -> Verdict:
     return parts.GatedUnit if name in parts.UNIT_OF else f"{ACT} is {name}, and there is no gated unit of it"
 
 
-NAMES = {F.scaled_dot_product_attention.__name__, *(function.__name__ for function in FUNCTIONS)}
+NAMES = {parts.SDPA.__name__, *(function.__name__ for function in FUNCTIONS)}
 
 
 def may_concern(module: nn.Module) -> bool:

@@ -19,6 +19,7 @@ from retainops.fusing._probe import function_named, recognised
 from retainops.fusing.norms import OF_SUM, OfSum
 from retainops.nn.gated import Gated
 from retainops.nn.point import HoldsPoints
+from retainops.ops.attention import ATTENTION
 from retainops.ops.gated import GATED, PACKED, UNITS
 from retainops.ops.rope import ROPE
 from retainops.registry import PointInfo, find
@@ -159,3 +160,32 @@ class Rotary(HoldsPoints):
             q_rot, k_rot = function(q, k, cos, sin)
             q_rot, k_rot = self.point("q_rot", q_rot), self.point("k_rot", k_rot)
         return q_rot, k_rot
+
+
+SDPA = F.scaled_dot_product_attention
+"""PyTorch's, whatever stands there by now."""
+
+
+class Sdpa(HoldsPoints):
+    """For a module that calls PyTorch's attention function; its points are s, p and o."""
+
+    op = ATTENTION
+
+    def fused_sdpa(self, function: Any, *args: Any, **named: Any) -> Tensor:
+        """function(*args, **named)."""
+        if function is not SDPA:
+            return self.point("o", function(*args, **named))
+        return self.call(*_in_order(*args, **named))
+
+
+def _in_order(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> tuple[Any, ...]:
+    return query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa

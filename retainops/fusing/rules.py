@@ -16,6 +16,7 @@ from retainops.fusing import norms
 from retainops.fusing._probe import same_norm
 from retainops.fusing.loss import PATH, LMLoss
 from retainops.fusing.registry import Change, Part, fuse_rule
+from retainops.nn.attention import MultiheadAttention
 
 Verdict = Part | Change | str | None
 
@@ -87,6 +88,17 @@ def softmax(module: nn.Module) -> Verdict:
     if not _has_own_forward(type(module)):
         return f"the forward of torch.nn.{type(module).__name__} was exchanged"
     return "it has no dim" if module.dim is None else part
+
+
+@fuse_rule
+def multihead_attention(module: Any) -> Verdict:
+    """torch.nn.MultiheadAttention."""
+    kind = nn.MultiheadAttention
+    if not isinstance(module, kind):
+        return None
+    if type(module).forward is not kind.forward:
+        return _overriding(module, kind)
+    return MultiheadAttention if _has_own_forward(kind) else "the forward of torch.nn.MultiheadAttention was exchanged"
 
 
 @fuse_rule

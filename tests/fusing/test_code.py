@@ -245,6 +245,23 @@ def test_functions_around_a_forward(cls: type[nn.Module], why: list[str]) -> Non
     assert [row.why for row in ro.fuse(cls())] == why
 
 
+def of_another_name(self: Any, x: torch.Tensor) -> torch.Tensor:
+    return self.act(self.fc(x))
+
+
+def test_a_function_that_a_class_has_by_another_name() -> None:
+    net, x = type("Aliased", (Others,), {"forward": of_another_name})(), torch.randn(3, 4)
+    expected = net(x)
+    assert [row.op for row in ro.fuse(net)] == ["bias_act(fc, act)"]
+    torch.testing.assert_close(net(x), expected)
+    assert net.forward.__name__ == "of_another_name"
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(self.inner(x))
+
+    assert not ro.fuse(type("Calling", (Others,), {"forward": forward, "inner": of_another_name})())
+
+
 def test_self_may_have_another_name() -> None:
     net, x = Renamed(), torch.randn(3, 4)
     expected = net(x)
