@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import functools
 import textwrap
 from collections import Counter
 from collections.abc import Iterator
@@ -139,13 +140,19 @@ class Rewriter(ast.NodeTransformer):
         self.before, self.after = (ast.parse(textwrap.dedent(code)).body for code in (pattern.before, pattern.after))
         self.sites: list[Site] = []
         self.loops = 0
-        self.loads = Counter(_loads(method))
         names = Counter(name for statement in self.before for name in _loads(statement))
         self.uses = {name: n for name, n in names.items() if name.startswith("_")}
-        self.locals = set(_locals(method))
         self.first = next((a.arg for a in (*method.args.posonlyargs, *method.args.args)), "self")
         calls = [n for statement in self.before for n in ast.walk(statement) if isinstance(n, ast.Call)]
         self.callees = {n.func.id for n in calls if isinstance(n.func, ast.Name) and n.func.id.isupper()}
+
+    @functools.cached_property
+    def loads(self) -> Counter[str]:
+        return Counter(_loads(self.method))
+
+    @functools.cached_property
+    def locals(self) -> frozenset[str]:
+        return frozenset(_locals(self.method))
 
     def at(self, node: ast.AST, found: Found) -> bool:
         """Note a match; whether it is to be replaced."""

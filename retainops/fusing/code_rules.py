@@ -54,51 +54,64 @@ def add_norm(module: Any, NORM: str) -> Verdict:
 
 
 @fuse_rule(
-    before=["h = self.LINEAR(X)\nh = self.ACT(h)", "self.ACT(self.LINEAR(X))"],
-    after=["h = self.fused_bias_act(self.LINEAR, self.ACT, X)", "self.fused_bias_act(self.LINEAR, self.ACT, X)"],
+    before=[
+        "h = self.LINEAR(X)\nh = ACT(h)",
+        "ACT(self.LINEAR(X))",
+        "ACT(self.LINEAR(X), approximate='tanh')",
+    ],
+    after=[
+        "h = self.fused_bias_act(self.LINEAR, ACT, X)",
+        "self.fused_bias_act(self.LINEAR, ACT, X)",
+        "self.fused_bias_act(self.LINEAR, ACT, X, approximate='tanh')",
+    ],
 )
-def bias_act(module: Any, LINEAR: str, ACT: str) -> Verdict:
-    """A linear layer with a bias and an activation."""
+def bias_act(module: Any, LINEAR: str, ACT: Any) -> Verdict:
+    """A linear layer with a bias and an activation, a module or a function."""
     linear: Any = getattr(module, LINEAR, None)
-    act = getattr(module, ACT, None)
-    if not isinstance(linear, nn.Module) or recognised(act) not in parts.BIASED:
+    name = recognised(ACT)
+    if not isinstance(linear, nn.Module) or name not in parts.BIASED:
         return None
     weight: Any = getattr(linear, "weight", None)
     if not parts.has_plain_product(linear) or not weight.is_floating_point():
         linear_like = "linear" in type(linear).__name__.lower()
         return f"{LINEAR} is a {type(linear).__module__}.{type(linear).__name__}" if linear_like else None
     if linear.bias is None:
-        return f"{LINEAR} has no bias to fuse with {ACT}"
+        return f"{LINEAR} has no bias to fuse with {name}"
     return parts.BiasAct
 
 
 @fuse_rule(
     before=[
-        "_g, u = X.chunk(2, dim=-1)\nu = u * self.ACT(_g)",
-        "_g, u = X.chunk(2, dim=-1)\nu = self.ACT(_g) * u",
-        "_a = self.ACT(self.GATE(X))\nb = Y\nc = _a * b",
-        "self.ACT(self.GATE(X)) * Y",  # not self.ACT(X): Y could change X in place
-        "self.ACT(X) * y",
-        "Y * self.ACT(X)",
+        "_g, u = X.chunk(2, dim=-1)\nu = u * ACT(_g)",
+        "_g, u = X.chunk(2, dim=-1)\nu = ACT(_g) * u",
+        "_a = ACT(self.GATE(X))\nb = Y\nc = _a * b",
+        "ACT(self.GATE(X)) * Y",  # not ACT(X): Y could change X in place
+        "ACT(X) * y",
+        "Y * ACT(X)",
+        "ACT(self.GATE(X), approximate='tanh') * Y",
+        "ACT(X, approximate='tanh') * y",
+        "Y * ACT(X, approximate='tanh')",
     ],
     after=[
-        "u = self.fused_packed(self.ACT, X)",
-        "u = self.fused_packed(self.ACT, X)",
-        "_a = self.GATE(X)\nb = Y\nc = self.fused_gated(self.ACT, _a, b)",
-        "self.fused_gated(self.ACT, self.GATE(X), Y)",
-        "self.fused_gated(self.ACT, X, y)",
-        "self.fused_gated(self.ACT, up=Y, gate=X)",
+        "u = self.fused_packed(ACT, X)",
+        "u = self.fused_packed(ACT, X)",
+        "_a = self.GATE(X)\nb = Y\nc = self.fused_gated(ACT, _a, b)",
+        "self.fused_gated(ACT, self.GATE(X), Y)",
+        "self.fused_gated(ACT, X, y)",
+        "self.fused_gated(ACT, up=Y, gate=X)",
+        "self.fused_gated(ACT, self.GATE(X), Y, approximate='tanh')",
+        "self.fused_gated(ACT, X, y, approximate='tanh')",
+        "self.fused_gated(ACT, up=Y, gate=X, approximate='tanh')",
     ],
 )
-def gated(module: Any, ACT: str) -> Verdict:
-    """act(gate) * up, in a gated MLP."""
-    act = getattr(module, ACT, None)
-    name = recognised(act) if callable(act) else None
+def gated(module: Any, ACT: Any) -> Verdict:
+    """act(gate) * up, in a gated MLP; act is a module or a function."""
+    name = recognised(ACT) if callable(ACT) else None
     if name is None:
         return None
-    if getattr(act, "inplace", False):
-        return f"{ACT} works in place, on a gate that may be used later"
-    return parts.GatedUnit if name in parts.UNIT_OF else f"{ACT} is {name}, and there is no gated unit of it"
+    if getattr(ACT, "inplace", False):
+        return "it works in place, on a gate that may be used later"
+    return parts.GatedUnit if name in parts.UNIT_OF else f"it is {name}, and there is no gated unit of it"
 
 
 NAMES = {parts.SDPA.__name__, *(function.__name__ for function in FUNCTIONS)}
