@@ -33,18 +33,29 @@ def sdpa(module: Any, FN: Any) -> Verdict:
     return parts.Sdpa
 
 
+NORMED = "self.fused_add_norm(self.NORM, X, Y)"
+BLOCKS = [
+    ("x = X + Y\n" + line.format("self.NORM(x)"), f"fused_normed, x = {NORMED}\n" + line.format("fused_normed"))
+    for start in ("x = x + ", "return x + ")
+    for line in (start + "self.F({})", start + "self.G(self.F({}))", start + "self.H(self.G(self.F({})))")
+]
+"""Blocks that norm first: from the sum after attention to that after the MLP, with what is around that."""
+
+
 @fuse_rule(
     before=[
         "h = X + Y\nr = h\nh = self.NORM(h)",
-        "x = X + Y\nx = x + self.F(self.NORM(x))",
-        "x = X + Y\nx = x + self.H(self.G(self.F(self.NORM(x))))",
+        *(old for old, _ in BLOCKS),
+        "h = X + Y\nu = self.NORM(h)",
+        "h = X + Y\nreturn self.NORM(h)",
         "self.NORM(X + Y)",
     ],
     after=[
-        "h, r = self.fused_add_norm(self.NORM, X, Y)",
-        "fused_normed, x = self.fused_add_norm(self.NORM, X, Y)\nx = x + self.F(fused_normed)",
-        "fused_normed, x = self.fused_add_norm(self.NORM, X, Y)\nx = x + self.H(self.G(self.F(fused_normed)))",
-        "self.fused_add_norm(self.NORM, X, Y)[0]",
+        f"h, r = {NORMED}",
+        *(new for _, new in BLOCKS),
+        f"h, u = {NORMED}[::-1]",  # in this order: u may be h
+        f"fused_normed, h = {NORMED}\nreturn fused_normed",
+        f"{NORMED}[0]",
     ],
 )
 def add_norm(module: Any, NORM: str) -> Verdict:

@@ -107,7 +107,7 @@ FAMILIES: dict[str, Family] = {
     "bert": Family(
         _hf("BertForMaskedLM", "BertConfig", **{k: v for k, v in SIZES.items() if k != "head_dim"}),
         tokens,
-        {"attention": 1, "layer_norm": 6, "add_norm": 4, "bias_act": 3},
+        {"attention": 1, "layer_norm": 6, "add_norm": 5, "bias_act": 3},
     ),
     "vit": Family(
         _hf(
