@@ -223,19 +223,6 @@ def from_transformers(name: str) -> Subject:
     )
 
 
-class OfTimm(ro.nn.MultiheadAttention):
-    """The attention of a timm ViT: its weights, called with the tokens alone."""
-
-    def __init__(self, theirs: nn.Module) -> None:
-        if not isinstance(getattr(theirs, "q_norm", nn.Identity()), nn.Identity):
-            raise ValueError("its attention normalises queries and keys; use a plain ViT, such as vit_base_patch16_224")
-        super().__init__(theirs.qkv.in_features, theirs.num_heads, bias=theirs.qkv.bias is not None, batch_first=True)
-        self.in_proj_weight, self.in_proj_bias, self.out_proj = theirs.qkv.weight, theirs.qkv.bias, theirs.proj
-
-    def forward(self, x: Tensor, **_: object) -> Tensor:
-        return super().forward(x, x, x, need_weights=False)[0]
-
-
 def from_timm(name: str) -> Subject:
     """A ViT of timm's."""
     import timm
@@ -243,8 +230,9 @@ def from_timm(name: str) -> Subject:
     model = timm.create_model(name, pretrained=True).eval()
     if not all(hasattr(block, "attn") and hasattr(block.attn, "qkv") for block in getattr(model, "blocks", [None])):
         raise ValueError(f"{type(model).__name__} is no plain ViT; use one, such as vit_base_patch16_224")
-    for block in model.blocks:
-        block.attn = OfTimm(block.attn)
+    table = ro.fuse(model, rules=["sdpa"])
+    if not table.replaced or table.left:
+        raise ValueError(f"its attention cannot be asked; {table}")
     config, patches = timm.data.resolve_model_data_config(model), model.patch_embed
     return Subject(model, patches.img_size[0], patches.grid_size[0], standardised(config["mean"], config["std"]))
 

@@ -13,6 +13,7 @@ import typer
 from torch import nn
 
 import retainops as ro
+from tests.no_torchvision import import_timm
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "explain_vit.py"
 
@@ -111,28 +112,26 @@ def test_a_model_of_transformers_and_an_image_file(example: SimpleNamespace, tmp
     assert size_of(tmp_path / "picture.png") > 10_000
 
 
-class LikeTimms(nn.Module):
-    """Attention with the attributes of timm's."""
-
-    def __init__(self, norm: type[nn.Module] = nn.Identity) -> None:
-        super().__init__()
-        self.num_heads = 2
-        self.qkv, self.proj, self.q_norm = nn.Linear(8, 24), nn.Linear(8, 8), norm(4)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
-        return self.proj((torch.softmax(q @ k.mT / 2, -1) @ v).transpose(1, 2).flatten(2))
-
-
-def test_the_attention_of_timm(example: SimpleNamespace) -> None:
-    theirs = LikeTimms()
-    ours, x = example.OfTimm(theirs), torch.randn(3, 5, 8)
-    torch.testing.assert_close(ours(x, attn_mask=None), theirs(x))
-    with ro.retain(ours, "p", ro.Relevance("chefer")) as kept:
-        ours(x).sum().backward()
-    assert kept["p"].chefer.shape == (3, 5, 5)
-    with pytest.raises(ValueError, match="normalises queries and keys"):
-        example.OfTimm(LikeTimms(nn.LayerNorm))
+def test_the_attention_of_timm(example: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    timm = import_timm()
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=3, **sizes)
+    images = torch.rand(3, 3, 32, 32)
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained: model)
+    subject = example.from_timm("vit")
+    assert (subject.side, subject.grid) == (32, 4)
+    with torch.no_grad():
+        expected = model(subject.prepare(images))
+    logits, maps = example.explain(subject, images)
+    torch.testing.assert_close(logits, expected)
+    assert {name: relevance.shape for name, relevance in maps.items()} == dict.fromkeys(maps, (3, 4, 4))
+    ro.unfuse(model)
+    model.blocks[0].attn.fused_attn = False
+    with pytest.raises(ValueError, match="its attention cannot be asked; VisionTransformer, fused:"):
+        example.from_timm("vit")
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained: nn.Identity())
+    with pytest.raises(ValueError, match="Identity is no plain ViT; use one, such as vit_base_patch16_224"):
+        example.from_timm("vit")
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import nn
 
-from retainops.fusing._code import Methods, Site, methods, rewritten, wrappers
+from retainops.fusing._code import Methods, methods, rewritten, wrappers
+from retainops.fusing._patterns import Site
 from retainops.nn.point import HoldsPoints
 from retainops.registry import PointInfo
 
@@ -100,7 +101,10 @@ def _called_as(original: Callable[..., Any], new: Callable[..., Any]) -> Callabl
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if kwargs:
-            args += tuple(kwargs.pop(name) for name in names[len(args) :] if name in kwargs)
+            for name in names[len(args) :]:
+                if name not in kwargs:  # those after it stay with their names
+                    break
+                args += (kwargs.pop(name),)
         return new(self, *args, **kwargs)
 
     return forward
@@ -132,7 +136,7 @@ OURS = frozenset(["forward", "extra_repr", "_get_name", "normalized_shape"])
 def clash(module: nn.Module, parts: tuple[Any, ...]) -> str | None:
     """A name that parts have and the module has too, for something else; None: there is none."""
     kinds: tuple[Any, ...] = (Fused, *parts)
-    bases = {base for part in kinds for base in part.__mro__ if base not in nn.Module.__mro__}
+    bases = {base for part in kinds for base in part.__mro__ if base not in type(module).__mro__}
     ours = {name for base in bases for name in vars(base) if not name.startswith("__")} | {"_requests"}
     theirs = {name for base in type(module).__mro__ if base not in nn.Module.__mro__ for name in vars(base)}
     own = (vars(module), module._modules, module._parameters, module._buffers)

@@ -9,9 +9,11 @@ from typing import Any
 
 from torch import nn
 
-from retainops.fusing import rules as _rules  # noqa: F401 - registers them
+from retainops.fusing import rules as _rules  # noqa: F401 - registers them, and before those of code
 from retainops.fusing._classes import Fused, become, clash, fused_class, has_forward, is_fused, restore, why_not
-from retainops.fusing._code import Site, sites_of
+from retainops.fusing._code import called, methods, sites_of, unread
+from retainops.fusing._patterns import Site
+from retainops.fusing.code_rules import may_concern
 from retainops.fusing.parts import FUNCTION
 from retainops.fusing.registry import RULES, Change, Part, Rule
 from retainops.fusing.table import Row, Table
@@ -84,7 +86,7 @@ def unfuse(model: nn.Module) -> Table:
         for rule in RULES.values():
             if (op := rule.undone(module)) is not None:
                 rows.append(Row(name, kind, f"restored, from {op}"))
-    return Table(f"{type(model).__name__}, unfused", rows)
+    return Table(type(model).__name__, "unfused", rows, "nothing in it was fused")
 
 
 def _checked(function: str, model: Any) -> nn.Module:
@@ -116,6 +118,7 @@ class _Fusing:
     def __init__(self, rules: list[Rule]) -> None:
         self.of_modules = [rule for rule in rules if not rule.patterns]
         self.of_code = [(rule, pattern) for rule in rules for pattern in rule.patterns]
+        self.parameters = {rule: inspect.signature(rule.decide).parameters for rule, _ in self.of_code}
         self.rows: list[Row] = []
         self.undo: list[Callable[[], Any]] = []
         self.adopt: list[Callable[[], Any]] = []
@@ -134,7 +137,8 @@ class _Fusing:
                 step()
             raise
         order = {name: i for i, name in enumerate(places.values())}
-        return Table(f"{type(model).__name__}, fused", sorted(self.rows, key=lambda row: order[row.name]))
+        rows = sorted(self.rows, key=lambda row: order[row.name])
+        return Table(type(model).__name__, "fused", rows, "no rule knows what it computes")
 
     def by_kind(self, name: str, module: Any) -> tuple[Part, ...] | None:
         """Ask the rules for modules as a whole: what its class is to inherit besides what code calls; None: done."""
@@ -173,16 +177,21 @@ class _Fusing:
         """Ask the rules for code about each place in its methods."""
         cls: Any = type(module)
         kind = cls.__name__
+        functions = dict(methods(cls))
         sites: tuple[Site, ...] = ()
         found: dict[Row, None] = {}  # code may say the same in two branches
         for rule, pattern in self.of_code:
             for site in sites_of(cls, pattern, sites):
+                texts = dict((*site.attributes, *site.called))
+                names = [name for name in self.parameters[rule] if name in texts]
                 given = dict(site.attributes)
-                names = {n: given[n] for n in inspect.signature(rule.decide).parameters if n in given}
-                verdict: Any = rule.decide(module, **names)
+                given |= {k: called(module, functions[site.method], v) for k, v in site.called if k in names}
+                given = {name: given[name] for name in names}
+                verdict: Any = rule.decide(module, **given)
                 if verdict is None:
                     continue
-                label = f"{rule.name}({', '.join(names.values())})" if names else rule.name
+                shown = [texts[name].removeprefix("self.") for name in names]
+                label = f"{rule.name}({', '.join(shown)})" if names else rule.name
                 more = (*dict.fromkeys((*parts, verdict)),)
                 if isinstance(verdict, str):
                     reason: str | None = verdict
@@ -198,7 +207,9 @@ class _Fusing:
                 found[Row(name, kind, label)] = None
                 parts, sites = more, (*sites, site)
                 if hasattr(verdict, "adopt"):
-                    self.adopt.append(functools.partial(verdict.adopt, module, **names))
+                    self.adopt.append(functools.partial(verdict.adopt, module, **given))
+        if self.of_code and not found and (reason := unread(cls)) is not None and may_concern(module):
+            found[Row(name, kind, None, reason)] = None
         self.rows += found
         if parts:
             self.become(module, parts, sites)

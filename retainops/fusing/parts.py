@@ -19,6 +19,7 @@ from retainops.fusing._probe import function_named, recognised
 from retainops.fusing.norms import OF_SUM, OfSum
 from retainops.nn.gated import Gated
 from retainops.nn.point import HoldsPoints
+from retainops.ops.attention import ATTENTION
 from retainops.ops.gated import GATED, PACKED, UNITS
 from retainops.ops.rope import ROPE
 from retainops.registry import PointInfo, find
@@ -47,8 +48,14 @@ def bare(module: Any) -> bool:
     )
 
 
-def function_of(act: Any) -> str | None:
-    """The name of an activation's function, where it was recognised and nothing waits for its call."""
+def function_of(act: Any, **options: str) -> str | None:
+    """The name of an activation's function, where it was recognised and nothing waits for its call.
+
+    Args:
+        options: what it is called with besides its input: approximate="tanh" of `F.gelu`, or nothing.
+    """
+    if options:
+        return "gelu_tanh" if function_named(act) == "gelu" else None
     if not isinstance(act, nn.Module):
         return function_named(act)
     name = act.__dict__.get(FUNCTION) if bare(act) else None
@@ -56,9 +63,9 @@ def function_of(act: Any) -> str | None:
     return name if form is None or name is None else "gelu" if form == "none" else "gelu_tanh"
 
 
-def unit_of(act: Any) -> str | None:
+def unit_of(act: Any, **options: str) -> str | None:
     """The gated unit of an activation, unless that works in place: the gate is then another tensor after it."""
-    return None if getattr(act, "inplace", False) else UNIT_OF.get(function_of(act) or "")
+    return None if getattr(act, "inplace", False) else UNIT_OF.get(function_of(act, **options) or "")
 
 
 class AddNorm(HoldsPoints):
@@ -92,10 +99,9 @@ class CallsActivation(HoldsPoints):
     """For a module that calls an activation: it marks it with the name of its function."""
 
     @staticmethod
-    def adopt(module: nn.Module, *, ACT: str, **_: str) -> None:
-        act = getattr(module, ACT)
-        if isinstance(act, nn.Module):
-            act.__dict__[FUNCTION] = recognised(act)
+    def adopt(module: nn.Module, *, ACT: Any, **_: str) -> None:
+        if isinstance(ACT, nn.Module):
+            ACT.__dict__[FUNCTION] = recognised(ACT)
 
 
 class GatedUnit(CallsActivation, Gated):
@@ -105,11 +111,11 @@ class GatedUnit(CallsActivation, Gated):
         gate, up = (PointInfo(name, name, f"of {name}") for name in ("gate", "up"))
         return gate, up, PointInfo("act", "f(gate), f the activation", "of gate")
 
-    def fused_gated(self, act: Any, gate: Tensor, up: Tensor) -> Tensor:
-        """act(gate) * up."""
-        unit = unit_of(act)
+    def fused_gated(self, act: Any, gate: Tensor, up: Tensor, **options: str) -> Tensor:
+        """act(gate, **options) * up."""
+        unit = unit_of(act, **options)
         gate, up = self.point("gate", gate), self.point("up", up)
-        return self.point("act", act(gate)) * up if unit is None else self.call(gate, up, op=GATED[unit])
+        return self.point("act", act(gate, **options)) * up if unit is None else self.call(gate, up, op=GATED[unit])
 
     def fused_packed(self, act: Any, x: Tensor) -> Tensor:
         """act(gate) * up, gate the first half."""
@@ -125,11 +131,11 @@ class BiasAct(CallsActivation):
     def point_infos(self) -> tuple[PointInfo, ...]:
         return (PointInfo("c", "x @ weight + bias", "of the layer's output"),)
 
-    def fused_bias_act(self, linear: Any, act: Any, x: Tensor) -> Tensor:
-        """act(linear(x))."""
-        op, bias = BIASED.get(function_of(act) or ""), getattr(linear, "bias", None)
+    def fused_bias_act(self, linear: Any, act: Any, x: Tensor, **options: str) -> Tensor:
+        """act(linear(x), **options)."""
+        op, bias = BIASED.get(function_of(act, **options) or ""), getattr(linear, "bias", None)
         if op is None or bias is None or not has_plain_product(linear) or not bare(linear):
-            return act(self.point("c", linear(x)))
+            return act(self.point("c", linear(x)), **options)
         weight = linear.weight if type(linear) is nn.Linear else linear.weight.mT
         y = F.linear(x, weight)
         return self.call(y, bias.to(y.dtype), op=op)  # under autocast y has another dtype
@@ -159,3 +165,32 @@ class Rotary(HoldsPoints):
             q_rot, k_rot = function(q, k, cos, sin)
             q_rot, k_rot = self.point("q_rot", q_rot), self.point("k_rot", k_rot)
         return q_rot, k_rot
+
+
+SDPA = F.scaled_dot_product_attention
+"""PyTorch's, whatever stands there by now."""
+
+
+class Sdpa(HoldsPoints):
+    """For a module that calls PyTorch's attention function; its points are s, p and o."""
+
+    op = ATTENTION
+
+    def fused_sdpa(self, function: Any, *args: Any, **named: Any) -> Tensor:
+        """function(*args, **named)."""
+        if function is not SDPA:
+            return self.point("o", function(*args, **named))
+        return self.call(*_in_order(*args, **named))
+
+
+def _in_order(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> tuple[Any, ...]:
+    return query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa

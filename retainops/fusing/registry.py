@@ -8,7 +8,7 @@ from typing import Any, overload
 
 from torch import nn
 
-from retainops.fusing._code import Pattern
+from retainops.fusing._patterns import Pattern
 from retainops.nn.point import HoldsPoints
 
 Part = type[HoldsPoints]
@@ -76,11 +76,13 @@ def fuse_rule(
 
     With `before` and `after` it is for code inside the methods of a module: what to look for, and what to put there,
     which calls a method of the class that the function returns. The function is called with the module and, by name,
-    the attribute that each `self.NAME` stands for.
+    the attribute that each `self.NAME` stands for, and what each `NAME(...)` calls.
 
     Args:
         before: a pattern of Python code, or several. A name in capitals stands for any expression, `self.NAME` for any
-            attribute, a name in small letters for any variable, one that starts with "_" for one used nowhere else.
+            attribute, a name in small letters for any variable, one that starts with "_" for one used nowhere else;
+            `NAME(X)` for a call of an attribute of self or of a global function, `*REST` and `**REST` for the arguments
+            that are left.
         after: what each becomes.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The rules that come with retainops. The last one that fits gets a module, so those of a user's own come first."""
+"""The rules for modules that come with retainops. The last one that fits gets a module: a user's own come first."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from typing import Any
 
 from torch import nn
 
-from retainops.fusing import norms, parts
-from retainops.fusing._probe import recognised, rotates_as_rope, same_norm
+from retainops.fusing import norms
+from retainops.fusing._probe import same_norm
 from retainops.fusing.loss import PATH, LMLoss
 from retainops.fusing.registry import Change, Part, fuse_rule
+from retainops.nn.attention import MultiheadAttention
 
 Verdict = Part | Change | str | None
 
@@ -90,20 +91,37 @@ def softmax(module: nn.Module) -> Verdict:
 
 
 @fuse_rule
+def multihead_attention(module: Any) -> Verdict:
+    """torch.nn.MultiheadAttention."""
+    kind = nn.MultiheadAttention
+    if not isinstance(module, kind):
+        return None
+    if type(module).forward is not kind.forward:
+        return _overriding(module, kind)
+    return MultiheadAttention if _has_own_forward(kind) else "the forward of torch.nn.MultiheadAttention was exchanged"
+
+
+@fuse_rule
 def norm(module: Any) -> Verdict:
     """torch.nn's LayerNorm, RMSNorm and GroupNorm, and timm's."""
     known = (nn.LayerNorm, norms.LayerNorm), (nn.RMSNorm, norms.TorchRMSNorm), (nn.GroupNorm, norms.GroupNorm)
     for kind, part in known:
         if isinstance(module, kind):
             if type(module).forward is not kind.forward:
-                return _of_timm(module) or _overriding(module, kind)
+                ours = _of_timm(module)
+                return _overriding(module, kind) if ours is None else _no_room(module.eps) or ours
             if not _has_own_forward(kind):
                 return f"the forward of torch.nn.{kind.__name__} was exchanged"
             shape: Any = getattr(module, "normalized_shape", (1,))
             if len(shape) != 1:
                 return f"it is over several dims, {tuple(shape)}"
-            return part
+            return _no_room(module.eps) or part
     return None
+
+
+def _no_room(eps: float | None) -> str | None:
+    """What to say of an eps that PyTorch takes and the ops do not; None: they do."""
+    return None if eps is None or eps > 0 else f"its eps is {eps}; the op takes one above 0"
 
 
 def _of_timm(module: Any) -> Part | None:
@@ -150,6 +168,8 @@ def rms_norm(module: Any) -> Verdict:
         return "it has more than a weight"
     if any(step.opname in ("STORE_ATTR", "STORE_GLOBAL") for step in dis.get_instructions(inspect.unwrap(cls.forward))):
         return "its forward does more than to return a value"
+    if (why := _no_room(eps)) is not None:
+        return why
     kinds = (norms.LlamaRMSNorm, norms.GemmaRMSNorm, norms.RMSNorm, norms.T5RMSNorm)
     fits = (kind for kind in kinds if same_norm(module, kind.plain))
     return next(fits, "no norm of retainops computes what it does")
@@ -174,80 +194,3 @@ def quantised(module: Any) -> Verdict:
 
 
 _QUANTISES = re.compile("quant|bitsandbytes|torchao")
-
-
-@fuse_rule(before="apply_rotary_pos_emb(Q, K, COS, SIN)", after="self.fused_rope(apply_rotary_pos_emb, Q, K, COS, SIN)")
-def rope(module: Any) -> Verdict:
-    """Hugging Face's function for it."""
-    function = inspect.unwrap(type(module).forward).__globals__.get("apply_rotary_pos_emb")
-    if function is None or not rotates_as_rope(function):
-        return "its apply_rotary_pos_emb is not that of rope"
-    return parts.Rotary
-
-
-@fuse_rule(
-    before=[
-        "h = X + Y\nr = h\nh = self.NORM(h)",
-        "x = X + Y\nx = x + self.F(self.NORM(x))",
-        "x = X + Y\nx = x + self.H(self.G(self.F(self.NORM(x))))",
-        "self.NORM(X + Y)",
-    ],
-    after=[
-        "h, r = self.fused_add_norm(self.NORM, X, Y)",
-        "fused_normed, x = self.fused_add_norm(self.NORM, X, Y)\nx = x + self.F(fused_normed)",
-        "fused_normed, x = self.fused_add_norm(self.NORM, X, Y)\nx = x + self.H(self.G(self.F(fused_normed)))",
-        "self.fused_add_norm(self.NORM, X, Y)[0]",
-    ],
-)
-def add_norm(module: Any, NORM: str) -> Verdict:
-    """A sum and its norm."""
-    fused = getattr(type(getattr(module, NORM, None)), "fused_parts", ())
-    return parts.AddNorm if set(fused) & {*norms.OF_SUM, *norms.OF_SUM.values()} else None
-
-
-@fuse_rule(
-    before=["h = self.LINEAR(X)\nh = self.ACT(h)", "self.ACT(self.LINEAR(X))"],
-    after=["h = self.fused_bias_act(self.LINEAR, self.ACT, X)", "self.fused_bias_act(self.LINEAR, self.ACT, X)"],
-)
-def bias_act(module: Any, LINEAR: str, ACT: str) -> Verdict:
-    """A linear layer with a bias and an activation."""
-    linear: Any = getattr(module, LINEAR, None)
-    act = getattr(module, ACT, None)
-    if not isinstance(linear, nn.Module) or recognised(act) not in parts.BIASED:
-        return None
-    weight: Any = getattr(linear, "weight", None)
-    if not parts.has_plain_product(linear) or not weight.is_floating_point():
-        linear_like = "linear" in type(linear).__name__.lower()
-        return f"{LINEAR} is a {type(linear).__module__}.{type(linear).__name__}" if linear_like else None
-    if linear.bias is None:
-        return f"{LINEAR} has no bias to fuse with {ACT}"
-    return parts.BiasAct
-
-
-@fuse_rule(
-    before=[
-        "_g, u = X.chunk(2, dim=-1)\nu = u * self.ACT(_g)",
-        "_g, u = X.chunk(2, dim=-1)\nu = self.ACT(_g) * u",
-        "_a = self.ACT(self.GATE(X))\nb = Y\nc = _a * b",
-        "self.ACT(self.GATE(X)) * Y",  # not self.ACT(X): Y could change X in place
-        "self.ACT(X) * y",
-        "Y * self.ACT(X)",
-    ],
-    after=[
-        "u = self.fused_packed(self.ACT, X)",
-        "u = self.fused_packed(self.ACT, X)",
-        "_a = self.GATE(X)\nb = Y\nc = self.fused_gated(self.ACT, _a, b)",
-        "self.fused_gated(self.ACT, self.GATE(X), Y)",
-        "self.fused_gated(self.ACT, X, y)",
-        "self.fused_gated(self.ACT, up=Y, gate=X)",
-    ],
-)
-def gated(module: Any, ACT: str) -> Verdict:
-    """act(gate) * up, in a gated MLP."""
-    act = getattr(module, ACT, None)
-    name = recognised(act) if callable(act) else None
-    if name is None:
-        return None
-    if getattr(act, "inplace", False):
-        return f"{ACT} works in place, on a gate that may be used later"
-    return parts.GatedUnit if name in parts.UNIT_OF else f"{ACT} is {name}, and there is no gated unit of it"

@@ -32,12 +32,16 @@ class Table(Sequence[Row]):
 
     The repr has one line for rows that differ in their numbers alone, as the layers of a model do.
 
+    Args:
+        kind, done: the class of the model, and what was done: "fused" or "unfused".
+        why_none: what to say where there is no row.
+
     Attributes:
         replaced, left: the rows of each kind.
     """
 
-    def __init__(self, title: str, rows: Sequence[Row]) -> None:
-        self.title, self._rows = title, tuple(rows)
+    def __init__(self, kind: str, done: str, rows: Sequence[Row], why_none: str) -> None:
+        self.kind, self.done, self._rows, self.why_none = kind, done, tuple(rows), why_none
 
     @property
     def replaced(self) -> tuple[Row, ...]:
@@ -58,7 +62,7 @@ class Table(Sequence[Row]):
 
     def __repr__(self) -> str:
         if not self:
-            return f"{self.title}: nothing that a rule knows"
+            return f"{self.kind}: nothing {self.done}; {self.why_none}"
         alike: dict[Row, list[Row]] = {}
         for row in self:
             path = NUMBER.sub("*", row.name)
@@ -68,4 +72,4 @@ class Table(Sequence[Row]):
             row, often = (of_all, f"{len(rows)} times") if len(rows) > 1 else (rows[0], "")
             done = f"left: {row.why}" if row.op is None else row.op
             lines.append((row.name or "(the model)", row.kind, done, often))
-        return "\n".join([f"{self.title}:", *aligned(lines)])
+        return "\n".join([f"{self.kind}, {self.done}:", *aligned(lines)])

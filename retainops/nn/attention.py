@@ -99,7 +99,9 @@ class MultiheadAttention(nn.MultiheadAttention, HoldsPoints):
         else:
             o = attend((q, k, v, mask, dropout, is_causal, None, False, None, None), self._requests)
         n, _, length, _ = o.shape
-        out = self.out_proj(o.permute(2, 0, 1, 3).reshape(length * n, self.embed_dim)).view(length, n, self.embed_dim)
+        rows = o.permute(2, 0, 1, 3).reshape(length * n, self.embed_dim)
+        out = F.linear(rows, self.out_proj.weight, self.out_proj.bias)  # PyTorch's module does not call it either
+        out = out.view(length, n, self.embed_dim)
         if weights is not None and average_attn_weights:
             weights = weights.mean(1)
         if not batched:

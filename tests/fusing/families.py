@@ -82,6 +82,7 @@ def _source() -> dict[str, Any]:
 
 
 LLAMA_LIKE = {"cross_entropy": 1, "attention": 1, "add_norm": 2, "rope": 2, "gated": 2, "rms_norm": 5}
+ENCODER = {"layer_norm": 4, "add_norm": 4, "bias_act": 2, "attention": 2}
 FAMILIES: dict[str, Family] = {
     "llama": Family(_decoder("Llama"), tokens, LLAMA_LIKE),
     "mistral": Family(_decoder("Mistral"), tokens, LLAMA_LIKE),
@@ -106,7 +107,7 @@ FAMILIES: dict[str, Family] = {
     "bert": Family(
         _hf("BertForMaskedLM", "BertConfig", **{k: v for k, v in SIZES.items() if k != "head_dim"}),
         tokens,
-        {"attention": 1, "layer_norm": 6, "add_norm": 4, "bias_act": 3},
+        {"attention": 1, "layer_norm": 6, "add_norm": 5, "bias_act": 3},
     ),
     "vit": Family(
         _hf(
@@ -144,7 +145,7 @@ FAMILIES: dict[str, Family] = {
             "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=4, proj_drop_rate=0.1
         ),
         image("x"),
-        {"layer_norm": 5, "add_norm": 2, "bias_act": 2},
+        {"layer_norm": 5, "add_norm": 2, "bias_act": 2, "sdpa": 2},
     ),
     "timm convnext": Family(
         _timm("convnext_tiny", depths=(1, 1, 1, 1), dims=(8, 16, 24, 32), drop_path_rate=0.1),
@@ -156,10 +157,8 @@ FAMILIES: dict[str, Family] = {
         image("x"),
         {"layer_norm": 9},
     ),
-    "torch encoder": Family(_encoder(activation="gelu"), _source, {"layer_norm": 4, "add_norm": 4, "bias_act": 2}),
-    "torch encoder, norm first": Family(
-        _encoder(norm_first=True), _source, {"layer_norm": 4, "add_norm": 4, "bias_act": 2}
-    ),
+    "torch encoder": Family(_encoder(activation="gelu"), _source, ENCODER),
+    "torch encoder, norm first": Family(_encoder(norm_first=True), _source, ENCODER),
 }
 """Of every family, a model small enough for a test."""
 

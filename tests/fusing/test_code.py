@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 import retainops as ro
-from retainops.fusing._code import Pattern, Rewriter, methods, rewritten, sites_of
+from retainops.fusing._code import methods, rewritten, sites_of
+from retainops.fusing._patterns import Pattern, Rewriter
 
 
 def rewrite(code: str, before: str, after: str) -> str:
@@ -31,6 +32,8 @@ def rewrite(code: str, before: str, after: str) -> str:
 
 NORMED = "h = X + Y\nr = h\nh = self.NORM(h)", "h, r = self.add(self.NORM, X, Y)"
 GATED = "_a = self.ACT(X)\nb = Y\nc = _a * b", "_a = X\nb = Y\nc = self.gated(self.ACT, _a, b)"
+CALLED = "ACT(X) * Y", "self.g(ACT, X, Y)"
+REST = "FN(X, *REST, **NAMED)", "self.g(FN, X, *REST, **NAMED)"
 CASES = [
     (NORMED, "x = x + y\nz = x\nx = self.ln(x)", "x, z = self.add(self.ln, x, y)"),
     (NORMED, "x = x + self.f(y)\nz = x\nx = self.ln(x)\nx += 1", "x, z = self.add(self.ln, x, self.f(y))\nx += 1"),
@@ -48,6 +51,14 @@ CASES = [
     (GATED, "a = self.act(x)\nb = self.w(y)\nz = a * b", "a = x\nb = self.w(y)\nz = self.gated(self.act, a, b)"),
     (GATED, "a = self.act(x)\nb = self.w(y)\nz = a * b\nreturn a", None),  # a is used once more
     (GATED, "a = self.act(x)\nb = self.w(a)\nz = a * b", None),  # and here
+    (CALLED, "return (F.silu(x) * y, silu(x) * 2)", "return (self.g(F.silu, x, y), silu(x) * 2)"),
+    (CALLED, "return self.act(x) * y + a.b.c(x) * y", "return self.g(self.act, x, y) + self.g(a.b.c, x, y)"),
+    (CALLED, "return y(x) * y + self.a.b(x) * y + f()(x) * y + (lambda f: f(x) * y)(x)", None),  # no names of globals
+    (CALLED, "import a.b\nfrom c import d\nreturn a(x) * y + d(x) * y", None),
+    (CALLED, "act = self.act\nreturn act(x) * y", None),
+    (REST, "return F.f(x, y, 1, k=2, **y)", "return self.g(F.f, x, y, 1, k=2, **y)"),
+    (REST, "return F.f(x + 1)", "return self.g(F.f, x + 1)"),
+    (REST, "return F.f(k=x)", None),
     (
         NORMED,
         "if y:\n    x = x + y\n    z = x\n    x = self.ln(x)\nelse:\n    x = self.ln(x)",
@@ -153,13 +164,22 @@ def loaded(path: Path, tail: str = "") -> dict[str, Any]:
     return scope
 
 
-def test_what_cannot_be_made_again_is_left(tmp_path: Path) -> None:
+UNREAD = "the source of its forward cannot be read, or is not that of its code"
+CLOSED = "its method forward uses k of the function that it was made in"
+
+
+def test_what_cannot_be_made_again_is_left_and_said(tmp_path: Path) -> None:
     scope = loaded(tmp_path / "net.py")
     assert len(ro.fuse(scope["Open"]())) == 1
-    assert not ro.fuse(scope["factory"](2)())  # it closes over k
+    assert [row.why for row in ro.fuse(scope["factory"](2)(), rules=["bias_act"])] == [f"bias_act(fc, act): {CLOSED}"]
     without_source: dict[str, Any] = {"__name__": "nowhere"}
     exec(CODE.format(tail=""), without_source)
-    assert not ro.fuse(without_source["Open"]())
+    net = without_source["Open"]()
+    assert [(row.name, row.op, row.why) for row in ro.fuse(net)] == [("", None, UNREAD)]
+    net.act = nn.Identity()  # nothing that a rule is for
+    assert not ro.fuse(net)
+    net.act = nn.ReLU()
+    assert not ro.fuse(net, rules=["norm"])
 
 
 def test_a_file_that_was_edited_since_it_was_imported_is_left(tmp_path: Path) -> None:
@@ -169,8 +189,84 @@ def test_a_file_that_was_edited_since_it_was_imported_is_left(tmp_path: Path) ->
     linecache.checkcache()
     net = scope["Open"]()
     expected = net(torch.ones(4))
-    assert not ro.fuse(net)
+    assert [row.why for row in ro.fuse(net)] == [UNREAD]
     assert torch.equal(net(torch.ones(4)), expected)
+
+
+def unmarked(function: Callable) -> Callable:
+    """A decorator that does not say what it wraps."""
+
+    def wrapper(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return function(self, x)
+
+    return wrapper
+
+
+class Others(nn.Module):
+    """What else keeps code from being made again, or looks as if it did."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.act = nn.Linear(4, 4), nn.ReLU()
+
+
+class Wrapped(Others):
+    @unmarked
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.act(self.fc(x))
+
+
+class CallsSuper(Others):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        super().train(self.training)
+        return self.act(self.fc(x))
+
+
+class CallsSuperAlone(Others):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        super().train(self.training)
+        return x
+
+
+class Renamed(Others):
+    def forward(s, self: torch.Tensor) -> torch.Tensor:
+        return s.act(s.fc(self)) + self
+
+
+@pytest.mark.parametrize(
+    ("cls", "why"),
+    [
+        (Wrapped, ["its forward uses function of the function that it was made in"]),
+        (CallsSuper, ["bias_act(fc, act): its method forward calls super()"]),
+        (CallsSuperAlone, []),
+    ],
+)
+def test_functions_around_a_forward(cls: type[nn.Module], why: list[str]) -> None:
+    assert [row.why for row in ro.fuse(cls())] == why
+
+
+def of_another_name(self: Any, x: torch.Tensor) -> torch.Tensor:
+    return self.act(self.fc(x))
+
+
+def test_a_function_that_a_class_has_by_another_name() -> None:
+    net, x = type("Aliased", (Others,), {"forward": of_another_name})(), torch.randn(3, 4)
+    expected = net(x)
+    assert [row.op for row in ro.fuse(net)] == ["bias_act(fc, act)"]
+    torch.testing.assert_close(net(x), expected)
+    assert net.forward.__name__ == "of_another_name"
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(self.inner(x))
+
+    assert not ro.fuse(type("Calling", (Others,), {"forward": forward, "inner": of_another_name})())
+
+
+def test_self_may_have_another_name() -> None:
+    net, x = Renamed(), torch.randn(3, 4)
+    expected = net(x)
+    assert [row.op for row in ro.fuse(net)] == ["bias_act(fc, act)"]
+    torch.testing.assert_close(net(x), expected)
 
 
 def test_an_overriding_subclass_keeps_what_it_adds() -> None:

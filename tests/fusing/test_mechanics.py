@@ -112,7 +112,8 @@ def test_the_table(block: Block) -> None:
     assert table.replaced == tuple(table)
     assert table[0].name == "0"
     assert "  *.norm1    TinyRMSNorm  rms_norm            2 times" in repr(table).splitlines()
-    assert repr(ro.fuse(nn.Linear(2, 2))) == "Linear, fused: nothing that a rule knows"
+    assert repr(ro.fuse(nn.Linear(2, 2))) == "Linear: nothing fused; no rule knows what it computes"
+    assert repr(ro.unfuse(nn.Linear(2, 2))) == "Linear: nothing unfused; nothing in it was fused"
 
 
 def test_fusing_twice_changes_nothing_and_says_so(block: Block, x: torch.Tensor) -> None:
@@ -372,6 +373,11 @@ def patched() -> nn.Module:
     return norm
 
 
+def eps_of(norm: nn.Module, eps: float) -> nn.Module:
+    norm.variance_epsilon = eps
+    return norm
+
+
 LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "overriding": (lambda: Loud(8), "it overrides the forward of torch.nn.LayerNorm"),
     "overriding an RMSNorm": (lambda: LoudRMSNorm(8), "it overrides the forward of Norm"),
@@ -381,6 +387,10 @@ LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "patched": (patched, "its forward is set on the module itself"),
     "pickling itself": (lambda: Pickling(8), "Pickling copies itself in a way of its own"),
     "over two dims": (lambda: nn.LayerNorm((4, 8)), r"it is over several dims, (4, 8)"),
+    "no eps": (lambda: nn.LayerNorm(8, eps=0), "its eps is 0; the op takes one above 0"),
+    "no eps, of groups": (lambda: nn.GroupNorm(2, 8, eps=0.0), "its eps is 0.0; the op takes one above 0"),
+    "no eps, RMSNorm": (lambda: nn.RMSNorm(8, eps=0.0), "its eps is 0.0; the op takes one above 0"),
+    "no eps, an RMSNorm of its own": (lambda: eps_of(TinyRMSNorm(8), 0.0), "its eps is 0.0; the op takes one above 0"),
     "no dim": (lambda: nn.Softmax(), "it has no dim"),
     "int8": (
         lambda: nn.ParameterDict({"weight": nn.Parameter(torch.ones(2, dtype=torch.int8), requires_grad=False)}),
@@ -710,3 +720,11 @@ def test_timms_own_norms_and_a_flag() -> None:
     assert all(row.op.startswith("bias_act") for row in table.replaced)
     assert {row.why for row in table.left} == {"it overrides the forward of torch.nn.LayerNorm"}
     assert torch.equal(step(model, inputs)["stem.1.weight"].isnan(), before["stem.1.weight"].isnan())
+
+
+def test_timms_own_norms_without_an_eps() -> None:
+    model, _ = make("timm convnext")
+    for module in model.modules():
+        if hasattr(module, "_fast_norm"):
+            module.eps = 0.0
+    assert {row.why for row in ro.fuse(model).left} == {"its eps is 0.0; the op takes one above 0"}

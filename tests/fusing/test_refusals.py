@@ -127,7 +127,7 @@ class Private(nn.Module):
 def test_a_gate_that_is_used_later(x: torch.Tensor) -> None:
     model = Gated(nn.ReLU(inplace=True))
     theirs = run(model, x)
-    assert [row.why for row in ro.fuse(model)] == ["gated(act): act works in place, on a gate that may be used later"]
+    assert [row.why for row in ro.fuse(model)] == ["gated(act): it works in place, on a gate that may be used later"]
     assert_same(run(model, x), theirs)
     model = Gated(nn.ReLU())
     assert len(ro.fuse(model).replaced) == 1

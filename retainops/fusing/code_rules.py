@@ -1,0 +1,136 @@
+"""The rules for code that come with retainops: what is found in the methods of modules, and what stands there then."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import nn
+
+from retainops.fusing import norms, parts
+from retainops.fusing._classes import Fused
+from retainops.fusing._probe import FUNCTIONS, recognised, rotates_as_rope
+from retainops.fusing.registry import fuse_rule
+from retainops.fusing.rules import Verdict
+
+
+@fuse_rule(before="apply_rotary_pos_emb(Q, K, COS, SIN)", after="self.fused_rope(apply_rotary_pos_emb, Q, K, COS, SIN)")
+def rope(module: Any) -> Verdict:
+    """Hugging Face's function for it."""
+    function = inspect.unwrap(type(module).forward).__globals__.get("apply_rotary_pos_emb")
+    if function is None or not rotates_as_rope(function):
+        return "its apply_rotary_pos_emb is not that of rope"
+    return parts.Rotary
+
+
+@fuse_rule(before="FN(*ARGS, **NAMED)", after="self.fused_sdpa(FN, *ARGS, **NAMED)")
+def sdpa(module: Any, FN: Any) -> Verdict:
+    """A call of PyTorch's attention function."""
+    if FN is not parts.SDPA:
+        return None
+    if getattr(module, "fused_attn", True) is False:
+        return "its fused_attn is False, with which timm's attention does not call it"
+    return parts.Sdpa
+
+
+NORMED = "self.fused_add_norm(self.NORM, X, Y)"
+BLOCKS = [
+    ("x = X + Y\n" + line.format("self.NORM(x)"), f"fused_normed, x = {NORMED}\n" + line.format("fused_normed"))
+    for start in ("x = x + ", "return x + ")
+    for line in (start + "self.F({})", start + "self.G(self.F({}))", start + "self.H(self.G(self.F({})))")
+]
+"""Blocks that norm first: from the sum after attention to that after the MLP, with what is around that."""
+
+
+@fuse_rule(
+    before=[
+        "h = X + Y\nr = h\nh = self.NORM(h)",
+        *(old for old, _ in BLOCKS),
+        "h = X + Y\nu = self.NORM(h)",
+        "h = X + Y\nreturn self.NORM(h)",
+        "self.NORM(X + Y)",
+    ],
+    after=[
+        f"h, r = {NORMED}",
+        *(new for _, new in BLOCKS),
+        f"h, u = {NORMED}[::-1]",  # in this order: u may be h
+        f"fused_normed, h = {NORMED}\nreturn fused_normed",
+        f"{NORMED}[0]",
+    ],
+)
+def add_norm(module: Any, NORM: str) -> Verdict:
+    """A sum and its norm."""
+    fused = getattr(type(getattr(module, NORM, None)), "fused_parts", ())
+    return parts.AddNorm if set(fused) & {*norms.OF_SUM, *norms.OF_SUM.values()} else None
+
+
+@fuse_rule(
+    before=[
+        "h = self.LINEAR(X)\nh = ACT(h)",
+        "ACT(self.LINEAR(X))",
+        "ACT(self.LINEAR(X), approximate='tanh')",
+    ],
+    after=[
+        "h = self.fused_bias_act(self.LINEAR, ACT, X)",
+        "self.fused_bias_act(self.LINEAR, ACT, X)",
+        "self.fused_bias_act(self.LINEAR, ACT, X, approximate='tanh')",
+    ],
+)
+def bias_act(module: Any, LINEAR: str, ACT: Any) -> Verdict:
+    """A linear layer with a bias and an activation, a module or a function."""
+    linear: Any = getattr(module, LINEAR, None)
+    name = recognised(ACT)
+    if not isinstance(linear, nn.Module) or name not in parts.BIASED:
+        return None
+    weight: Any = getattr(linear, "weight", None)
+    if not parts.has_plain_product(linear) or not weight.is_floating_point():
+        linear_like = "linear" in type(linear).__name__.lower()
+        return f"{LINEAR} is a {type(linear).__module__}.{type(linear).__name__}" if linear_like else None
+    if linear.bias is None:
+        return f"{LINEAR} has no bias to fuse with {name}"
+    return parts.BiasAct
+
+
+@fuse_rule(
+    before=[
+        "_g, u = X.chunk(2, dim=-1)\nu = u * ACT(_g)",
+        "_g, u = X.chunk(2, dim=-1)\nu = ACT(_g) * u",
+        "_a = ACT(self.GATE(X))\nb = Y\nc = _a * b",
+        "ACT(self.GATE(X)) * Y",  # not ACT(X): Y could change X in place
+        "ACT(X) * y",
+        "Y * ACT(X)",
+        "ACT(self.GATE(X), approximate='tanh') * Y",
+        "ACT(X, approximate='tanh') * y",
+        "Y * ACT(X, approximate='tanh')",
+    ],
+    after=[
+        "u = self.fused_packed(ACT, X)",
+        "u = self.fused_packed(ACT, X)",
+        "_a = self.GATE(X)\nb = Y\nc = self.fused_gated(ACT, _a, b)",
+        "self.fused_gated(ACT, self.GATE(X), Y)",
+        "self.fused_gated(ACT, X, y)",
+        "self.fused_gated(ACT, up=Y, gate=X)",
+        "self.fused_gated(ACT, self.GATE(X), Y, approximate='tanh')",
+        "self.fused_gated(ACT, X, y, approximate='tanh')",
+        "self.fused_gated(ACT, up=Y, gate=X, approximate='tanh')",
+    ],
+)
+def gated(module: Any, ACT: Any) -> Verdict:
+    """act(gate) * up, in a gated MLP; act is a module or a function."""
+    name = recognised(ACT) if callable(ACT) else None
+    if name is None:
+        return None
+    if getattr(ACT, "inplace", False):
+        return "it works in place, on a gate that may be used later"
+    return parts.GatedUnit if name in parts.UNIT_OF else f"it is {name}, and there is no gated unit of it"
+
+
+NAMES = {parts.SDPA.__name__, *(function.__name__ for function in FUNCTIONS)}
+
+
+def may_concern(module: nn.Module) -> bool:
+    """Whether a rule for code might have found something in a forward, could that be read."""
+    if any(isinstance(child, Fused) or recognised(child) for child in module.children()):
+        return True
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return code is not None and not NAMES.isdisjoint(code.co_names)
