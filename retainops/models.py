@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, NoReturn
@@ -13,24 +12,21 @@ from typing import Any, NoReturn
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from retainops.buffers import Into, check_apart
-from retainops.names import listed, near
+from retainops.buffers import check_apart
+from retainops.names import listed
 from retainops.nn.guests import Holder, holders
 from retainops.nn.point import Point
 from retainops.ops._check_attention import misfit
-from retainops.part import Part
+from retainops.patterns import Patterns, choose, matchers_of
 from retainops.points import PointTable
 from retainops.points import points as points_of_op
 from retainops.registry import PointInfo
-from retainops.relevance import Relevance
 from retainops.retained import Retained, aligned
 from retainops.slots import Slot, Want, is_of_attention
-from retainops.stats import Stats
 
 # Wrappers are no part of the model: torch.compile's and a checkpoint's. The names are those without them.
 WRAPPED = ("", "_orig_mod", "_checkpoint_wrapped_module")
 WRAPPERS = ("OptimizedModule", "DistributedDataParallel", "CheckpointWrapper")
-Patterns = str | Sequence[str] | Callable[[str], bool] | Mapping[str, Want]
 
 
 @dataclass(frozen=True)
@@ -213,7 +209,7 @@ class Asked:
                 f"{who}: {type(_original(model)).__name__} has no points; call ro.fuse(model), which makes points of "
                 f"what it knows, put ro.nn.Point() where a gradient is wanted, or use modules of retainops.nn{more}"
             )
-        wants = _choose(who, list(there), _as_mapping(who, what, want), isinstance(what, Mapping))
+        wants = choose(who, list(there), matchers_of(who, what, want), isinstance(what, Mapping))
         for name, wanted in wants.items():
             _check_kind(who, there[name], wanted)
         check_apart(who, wants, {name: there[name].holder for name in wants})
@@ -268,41 +264,6 @@ def _points_in(model: nn.Module) -> Iterator[ModelPoint]:
                 yield ModelPoint(".".join([*parts, info.name] if info.name else parts), where, of, info)
 
 
-Matcher = tuple[str, Callable[[str], bool], Want]
-"""A pattern as it was written, as a test of a name, and what is wanted of the names that pass."""
-
-
-def _as_mapping(who: str, what: Patterns, want: Want) -> list[Matcher]:
-    if isinstance(what, Mapping):
-        if want is not None:
-            raise ValueError(f"{who}: want is given, and the mapping gives one to each pattern; leave out want")
-        pairs = list(what.items())
-    elif callable(what):
-        _check_want(who, want)
-        return [(getattr(what, "__name__", repr(what)), what, want)]
-    else:
-        pairs = [(pattern, want) for pattern in ([what] if isinstance(what, str) else what)]
-    if not pairs:
-        raise ValueError(f'{who}: no pattern given; "*" asks for every point')
-    for pattern, each in pairs:
-        if not isinstance(pattern, str):
-            raise TypeError(f"{who}: a pattern is {type(pattern).__name__}; expected a string, such as 'layers.*'")
-        _check_want(who, each)
-    return [(pattern, _glob(pattern), each) for pattern, each in pairs]
-
-
-def _glob(pattern: str) -> Callable[[str], bool]:
-    return lambda name: fnmatch.fnmatchcase(name, pattern)
-
-
-def _check_want(who: str, want: Want) -> None:
-    if want is not None and not isinstance(want, (Into, Stats, Part, Relevance)):
-        raise TypeError(
-            f"{who}: a want is {type(want).__name__}; expected None, Into(buffer) or Stats(...), or of attention "
-            "Part(...) or Relevance(...)"
-        )
-
-
 def _check_kind(who: str, point: ModelPoint, want: Want) -> None:
     """What is for points of attention fails here, where the point is known to be another one, not in forward."""
     if not is_of_attention(want):
@@ -327,36 +288,3 @@ def _is_of_another_op(point: ModelPoint) -> bool:
         return True
     parts = getattr(point.holder, "fused_parts", (type(point.holder),))
     return all(part is not Point and part.__module__.startswith("retainops.") for part in parts)
-
-
-def _choose(who: str, names: list[str], matchers: list[Matcher], mapping: bool) -> dict[str, Want]:
-    wants: dict[str, Want] = {}
-    decides: dict[str, str] = {}
-    matched: dict[str, list[str]] = {}
-    for pattern, matches, want in matchers:
-        chosen = [name for name in names if matches(name)]
-        if not chosen:
-            raise KeyError(f"{who}: '{pattern}' matches no point; there are: {listed(names)}{_meant(pattern, names)}")
-        if isinstance(want, Into) and len(chosen) > 1:
-            raise ValueError(
-                f"{who}: one Into buffer for {listed(chosen)}; give each name its own: "
-                f"{{'{chosen[0]}': Into(...), ...}}"
-            )
-        wants.update(dict.fromkeys(chosen, want))
-        decides.update(dict.fromkeys(chosen, pattern))
-        matched[pattern] = chosen
-    for pattern in matched if mapping else ():
-        if pattern not in decides.values():
-            later = list(dict.fromkeys(decides[name] for name in matched[pattern]))
-            raise ValueError(
-                f"{who}: '{pattern}' decides nothing: {' and '.join(map(repr, later))} after it "
-                f"match{'es' if len(later) == 1 else ''} all of its points, and of several the last one counts; put "
-                "the general one first"
-            )
-    return wants
-
-
-def _meant(pattern: str, names: list[str]) -> str:
-    if any(fnmatch.fnmatchcase(name, f"*.{pattern}") for name in names):
-        return f"; a pattern matches the whole name: '*.{pattern}' matches some"
-    return near(pattern, names)

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from retainops.models import Asked, Patterns, Want
+from retainops.models import Asked
 from retainops.nonfinite import NonFiniteGradient, first_nonfinite
+from retainops.patterns import Patterns
 from retainops.readings import Readings, read
 from retainops.retained import Retained, in_backward_order
+from retainops.slots import Want
 from retainops.stats import Stats
 
 if TYPE_CHECKING:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import pickle
@@ -228,7 +229,10 @@ def test_an_encoder(training: bool, masks: dict[str, Tensor], grad: bool, asked:
         expected = model(**inputs, **masks)
         ro.fuse(model, rules=["multihead_attention"])
         torch.manual_seed(1)
-        with ro.retain(model, "*.p" if asked else "*.o") as kept:
+        # In eval the layer calls PyTorch's own fused path, and no module of ours learns of it.
+        warns = not grad and training
+        said = pytest.warns(RuntimeWarning, match="without grad") if warns else contextlib.nullcontext()
+        with said, ro.retain(model, "*.p" if asked else "*.o") as kept:
             ours = model(**inputs, **masks)
             if grad:
                 ours.square().sum().backward()
