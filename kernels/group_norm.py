@@ -28,8 +28,9 @@ def group_norm_moments_kernel(
     inside = lanes_inside(at, SHAPE, BLOCK_M, BLOCK_N)
     away = tl.where(inside, x - mean, 0.0)
     square = share_of_sum(MEAN, away * away)
-    if hardly_varies(mean, square, count):
-        left = divide(share_of_sum(MEAN, away), count)
+    few = hardly_varies(mean, square, count)
+    if tl.max(few.to(tl.int32)) > 0:
+        left = tl.where(few, divide(share_of_sum(MEAN, away), count), 0.0)
         away = tl.where(inside, away - left, 0.0)
         square = share_of_sum(MEAN, away * away)
         mean += left

@@ -59,7 +59,7 @@ def retain(DC, dc, c, at, SHAPE, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 def take_stats(S, g, c, at, SHAPE, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """This tile's share of each statistic of g, from g before it is rounded."""
     g, product = tl.broadcast_to(g, (BLOCK_M, BLOCK_N)), tl.broadcast_to(g * c, (BLOCK_M, BLOCK_N))
-    if at[3]:  # a copy of g for every lane would take registers, and nothing is masked
+    if at[3]:  # Inside, nothing needs a mask: `where` would copy g for every lane, which takes registers.
         leave_shares(S, g, product, None, at, SHAPE, BLOCK_M, BLOCK_N)
     else:
         # Outside SHAPE g need not be 0: an operand that is broadcast is not masked.

@@ -106,8 +106,9 @@ def moments(x, at, SHAPE, CENTRED: tl.constexpr, WHOLE: tl.constexpr, BLOCK_M: t
         mean = divide(tl.sum(x, axis=1, keep_dims=True), count)
         x = centred(x, mean, at, SHAPE, WHOLE, BLOCK_N)
         square = tl.sum(x * x, axis=1, keep_dims=True)
-        if hardly_varies(mean, square, count):
-            left = divide(tl.sum(x, axis=1, keep_dims=True), count)
+        few = hardly_varies(mean, square, count)
+        if tl.max(few.to(tl.int32)) > 0:
+            left = tl.where(few, divide(tl.sum(x, axis=1, keep_dims=True), count), 0.0)
             x = centred(x, left, at, SHAPE, WHOLE, BLOCK_N)
             square = tl.sum(x * x, axis=1, keep_dims=True)
             mean += left
@@ -118,14 +119,14 @@ def moments(x, at, SHAPE, CENTRED: tl.constexpr, WHOLE: tl.constexpr, BLOCK_M: t
 
 @triton.jit
 def hardly_varies(mean, square, count):
-    """Whether in one of these rows little is left around the mean.
+    """Of which rows little is left around the mean.
 
     The sum that gives a mean is rounded. Of a row of equal values that is all that is left, and a small eps makes it
-    large. So the mean of what is left is removed, too: where it may matter, since a branch that is hardly ever taken
-    costs less than one more sum.
+    large. So of these rows the mean of what is left is removed, too, in a branch: one that is hardly ever taken costs
+    less than one more sum.
     """
     little = 2.0**-15 * mean
-    return tl.max((square < count * (little * little)).to(tl.int32)) > 0
+    return square < count * (little * little)
 
 
 @triton.jit

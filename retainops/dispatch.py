@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from retainops.buffers import Into, share_memory
+from retainops.buffers import Into, check_apart, share_memory
 from retainops.names import near
 from retainops.points import in_transform, no_grad, reader
 from retainops.registry import Op, find
@@ -213,6 +213,7 @@ def requested(op: Op, inputs: tuple[Any, ...], retain: Retained) -> Mapping[str,
     for p in op.points:
         if p.inputs is not None and p.name in retain and not p.requires_grad(inputs):
             raise no_grad(op.name, p.name, _named_inputs(op, p.inputs))
+    check_apart(op.name, {name: slot.want for name, slot in retain.items()})
     for slot in retain.values():
         if isinstance(slot.want, Into) and any(share_memory(slot.want.buffer, t) for t in tensors):
             raise ValueError(

@@ -143,7 +143,7 @@ def retain(model: nn.Module, what: Patterns = "*", want: Want = None) -> Retaini
     return Retaining(model, what, want)
 
 
-class Retaining(contextlib.AbstractContextManager[Retained]):
+class Retaining(contextlib.AbstractContextManager[Retained], contextlib.ContextDecorator):
     """What `retain` gives: the request is made, and the model asked, when the `with` is entered."""
 
     def __init__(self, model: nn.Module, what: Patterns, want: Want) -> None:
@@ -163,8 +163,9 @@ class Retaining(contextlib.AbstractContextManager[Retained]):
         asked.off()
         if kind is None and (names := asked.without_grad()):
             warnings.warn(
-                f"retain: every call of {listed(names, 5)} was without grad, so nothing was kept; call the model where "
-                "gradients are enabled, and with a reentrant checkpoint run backward inside the with, too",
+                f"retain: every call of {listed(names, 5)} was without grad, so nothing was kept (unless by a compiled "
+                "call, which is not seen here); call the model where gradients are enabled, and with a reentrant "
+                "checkpoint run backward inside the with, too",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -238,10 +239,13 @@ class Asked:
                 of.cease(request)
 
     def without_grad(self) -> list[str]:
-        """The points that were called, if all of them were without grad, so that nothing came and nothing will."""
+        """The points that eager code called, if it did so without grad alone, so that nothing came and nothing will."""
         if any(slot.shape is not None or slot._arrival is not None for slot in self.kept.values()):
             return []
-        return [slot.name for _, request in self._of_holders if request.without_grad for slot in request.values()]
+        requests = [request for _, request in self._of_holders]
+        if any(request.with_grad for request in requests):
+            return []
+        return [slot.name for request in requests if request.without_grad for slot in request.values()]
 
 
 def _original(module: nn.Module) -> nn.Module:

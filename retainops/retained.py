@@ -40,8 +40,8 @@ class Retained(Mapping[str, Slot]):
         True
     """
 
-    without_grad = False
-    """Whether a module that holds it was called where grad mode is off."""
+    with_grad = without_grad = False
+    """Whether a module that holds it was called, in eager, where grad mode is on, and where it is off."""
 
     def __init__(self, *names: str, **wants: Into | Stats | Part | Relevance) -> None:
         if not names and not wants:
@@ -60,7 +60,7 @@ class Retained(Mapping[str, Slot]):
                     "Part(...) or Relevance(...)"
                 )
             self._slots[name] = Slot(name, want)
-        check_apart("Retained", wants)
+        check_apart("Retained", wants, {name: name for name in wants})  # of one op they may not even add: it checks
 
     @classmethod
     def of(cls, slots: Mapping[str, Slot]) -> Retained:

@@ -94,13 +94,21 @@ class Slot:
     def _connect(self) -> None:
         # Leaves of other shapes since `reset()`, which statistics may come to as well; a graph holds each of them.
         self._others: MutableMapping[int, torch.Tensor] | None = None
+        self._address: int | None = None  # of a gradient out of a graph
         self._lock = threading.RLock()  # threads may use one slot at once; backward calls come from several anyway
+        self._new_carrier()
+
+    def _new_carrier(self) -> None:
         self.carrier = parcel.carrier()
         self.carrier.register_post_accumulate_grad_hook(functools.partial(_outside_graphs(), weakref.ref(self)))
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles take the gradient along, and get a lock and a carrier of their own."""
-        state = {name: value for name, value in self.__dict__.items() if name not in ("_lock", "_others", "carrier")}
+        state = {
+            name: value
+            for name, value in self.__dict__.items()
+            if name not in ("_lock", "_others", "carrier", "_address")
+        }
         return {**state, "_leaf.grad": None if self._leaf is None else self._leaf.grad}  # a pickled leaf loses its own
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -170,13 +178,18 @@ class Slot:
         self._others = None
         self._arrival = None
         self.carrier.grad = None
+        self._disown()
         if self._leaf is not None:
             self._leaf.grad = None
 
     def renew(self) -> None:
-        """`reset()`; and what graphs from before it still deliver is not shown, nor do hooks on `tensor` stay."""
+        """`reset()`; and what graphs from before it still deliver is not shown, nor do hooks on `tensor` stay.
+
+        (An `Into` buffer is one for all graphs.)
+        """
         self.reset()
         self._leaf = None
+        self._new_carrier()
 
     def bind(self, op: str, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """The leaf for an interior of this shape, dtype and device: made at the first use, the same one after that.
@@ -320,8 +333,15 @@ class Slot:
         held = None if owner is None or owner is self else owner.grad
         if held is not None and share_memory(held, dense):
             dense = dense.clone()
-        _owners[local(dense).data_ptr()] = self
+        self._disown()
+        self._address = local(dense).data_ptr()
+        _owners[self._address] = self
         return dense
+
+    def _disown(self) -> None:
+        if self._address is not None and _owners.get(self._address) is self:
+            del _owners[self._address]
+        self._address = None
 
     def _readings(self) -> dict[str, torch.Tensor | None]:
         names = self.want.names if isinstance(self.want, (Stats, Relevance)) else ()
@@ -372,6 +392,6 @@ def _outside_graphs() -> Callable[[weakref.ref[Slot], torch.Tensor], None]:
 def _unpack(slot: weakref.ref[Slot], leaf: torch.Tensor) -> None:
     """After a backward: move what arrived at the carrier into the slot, outside any graph."""
     holder, parts = slot(), leaf.grad
-    if holder is not None and isinstance(parts, parcel.Parcel):
+    if holder is not None and holder.carrier is leaf and isinstance(parts, parcel.Parcel):
         leaf.grad = None
         holder._deposit_from_graph(parts.parts())

@@ -11,6 +11,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import retainops as ro
+from retainops import slots
 from tests.conftest import GPU, random_leaves
 from tests.oracle import assert_near
 
@@ -120,12 +121,38 @@ def test_slots_of_equal_gradients_have_memory_of_their_own(backend: str) -> None
     x = random_leaves(DEVICE)(3, 4)
     with ro.retain(model) as kept, ro.retain(model) as again:
         torch.compile(model, fullgraph=True, backend=backend)(x).sin().sum().backward()
-        slots = [*kept.values(), *again.values()]
-        assert len({slot.grad.data_ptr() for slot in slots}) == len(slots) == 4
-        once = [slot.grad.clone() for slot in slots]
+        every = [*kept.values(), *again.values()]
+        assert len({slot.grad.data_ptr() for slot in every}) == len(every) == 4
+        once = [slot.grad.clone() for slot in every]
         model(x).sin().sum().backward()
-    for slot, grad in zip(slots, once, strict=True):
+    for slot, grad in zip(every, once, strict=True):
         assert_near(slot.grad, 2 * grad)
+
+
+def test_what_is_remembered_of_memory_is_forgotten() -> None:
+    f = torch.compile(lambda a, kept: ro.point(a * 2, "c", retain=kept).sin(), fullgraph=True, backend="aot_eager")
+    before, kept, grads = len(slots._owners), ro.Retained("c"), []
+    for _ in range(5):
+        kept.reset()
+        f(random_leaves(DEVICE)(3), kept).sum().backward()
+        grads.append(kept.c.grad)  # alive, so that the next one is elsewhere
+    assert len(slots._owners) <= before + 1
+    del kept
+    assert len(slots._owners) <= before
+
+
+def test_a_compiled_graph_of_an_earlier_step_adds_nothing_to_this_one() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 4), ro.nn.Point()).to(DEVICE), torch.randn(3, 4, device=DEVICE)
+    compiled, read = torch.compile(model, backend="aot_eager"), []
+    with ro.watch(model, "*", ro.Stats("l2"), every=1, to=lambda step, readings: read.append(readings)) as watcher:
+        late = compiled(x).square().sum()
+        watcher.step()
+        for graphs in ([], [late]):
+            compiled(x).square().sum().backward()
+            for graph in graphs:
+                graph.backward()
+            watcher.step()
+    assert read[-1] == read[-2]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

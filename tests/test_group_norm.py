@@ -153,6 +153,15 @@ def test_of_groups_of_equal_values_nothing_is_left(shape: tuple, memory_format: 
         torch.testing.assert_close(got, torch.zeros_like(got), rtol=0, atol=2e-4 * shape[0])
 
 
+def test_a_group_of_equal_values_changes_no_bit_of_its_neighbours(kernels: Path) -> None:
+    x = drawn(1, 8, 64, device=kernels.device).detach()
+    equal = x.clone()
+    equal[:, 2:4] = 7.3
+    y, beside = group_norm(x, 4), group_norm(equal, 4)
+    assert torch.equal(y[:, [0, 1, 4, 5, 6, 7]], beside[:, [0, 1, 4, 5, 6, 7]])
+    assert beside[:, 2:4].abs().max() < 1e-5
+
+
 ORDERS = {
     "batch, channels, time": torch.empty(3, 64, 256),
     "batch, time, channels": torch.empty(3, 256, 64).permute(0, 2, 1),

@@ -255,6 +255,17 @@ def test_of_rows_of_equal_values_nothing_is_left(op: Op, columns: int, kernels: 
         torch.testing.assert_close(got, torch.zeros_like(got), rtol=0, atol=2e-4)
 
 
+@pytest.mark.parametrize("columns", [64, 1000])
+def test_a_row_of_equal_values_changes_no_bit_of_its_neighbours(columns: int, kernels: Path) -> None:
+    x = drawn(8, columns, device=kernels.device).detach()
+    equal = x.clone()
+    equal[3] = 7.3
+    others = torch.arange(8, device=kernels.device) != 3
+    y, beside = layer_norm(x), layer_norm(equal)
+    assert torch.equal(y[others], beside[others])
+    assert beside[3].abs().max() < 1e-5
+
+
 @over_ops
 def test_no_rows(op: Op, path: Path) -> None:
     for shape in ((0, 5), (2, 0, 5)):

@@ -33,7 +33,8 @@ FLOORS = [
     "points",
     "dispatch",
 ]
-FLOORS += ["ops", "pointwise", "elementwise", "nn", "models", "fusing", "watcher", "testing", "integrations", "cli"]
+FLOORS += ["ops", "pointwise", "elementwise", "nn", "patterns", "models"]
+FLOORS += ["fusing", "watcher", "testing", "integrations", "cli"]
 
 
 def imports(file: Path) -> set[str]:

@@ -8,7 +8,7 @@ import functools
 import inspect
 import textwrap
 from collections.abc import Iterator
-from types import CodeType, FunctionType
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 from torch import nn
@@ -167,15 +167,26 @@ def closes_over(function: Any) -> str | None:
 
 
 def called(module: nn.Module, function: Any, name: str) -> Any:
-    """What a method of a module calls by a name, as `Site.called` has it; None: nothing that stays the same."""
+    """What a method of a module calls by a name, as `Site.called` has it; None: nothing that stays the same.
+
+    To look must have no effect: no property is computed, no package loaded that a module loads when asked.
+    """
     root, *path = name.split(".")
     if root == "self":
-        of_class = getattr(type(module), path[0], None)
-        return None if isinstance(of_class, property) else getattr(module, path[0], None)
+        of_class = inspect.getattr_static(type(module), path[0], None)
+        if hasattr(type(of_class), "__get__") and not isinstance(of_class, (FunctionType, staticmethod)):
+            return None
+        return getattr(module, path[0], None) if of_class is not None else _held(module, path[0])
     value = inspect.unwrap(function).__globals__.get(root)
     for attribute in path:
-        value = getattr(value, attribute, None)
+        value = vars(value).get(attribute) if isinstance(value, ModuleType) else None
     return None if isinstance(value, nn.Module) else value
+
+
+def _held(module: nn.Module, name: str) -> Any:
+    """An attribute that a module has itself."""
+    places = (vars(module), module._modules, module._parameters, module._buffers)
+    return next((place[name] for place in places if name in place), None)
 
 
 def wrappers(function: Any) -> list[Any]:

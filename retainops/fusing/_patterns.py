@@ -18,6 +18,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+LOOPS = (ast.For, ast.While, ast.ListComp, ast.GeneratorExp, ast.DictComp, ast.SetComp, ast.Lambda)
+"""What may run several times: a lambda, too, given to map or sorted."""
 Found = dict[str, Any]
 """From each name of a pattern to what it stands for: an expression, arguments, or the name of a variable or an
 attribute."""
@@ -142,7 +144,7 @@ class Rewriter(ast.NodeTransformer):
         self.loops = 0
         names = Counter(name for statement in self.before for name in _loads(statement))
         self.uses = {name: n for name, n in names.items() if name.startswith("_")}
-        self.first = next((a.arg for a in (*method.args.posonlyargs, *method.args.args)), "self")
+        self.first = next(iter(_parameters(method)), "self")
         calls = [n for statement in self.before for n in ast.walk(statement) if isinstance(n, ast.Call)]
         self.callees = {n.func.id for n in calls if isinstance(n.func, ast.Name) and n.func.id.isupper()}
 
@@ -175,7 +177,9 @@ class Rewriter(ast.NodeTransformer):
         return None if root in self.locals else ast.unparse(node)
 
     def generic_visit(self, node: ast.AST) -> ast.AST:
-        loops = isinstance(node, (ast.For, ast.While, ast.ListComp, ast.GeneratorExp, ast.DictComp, ast.SetComp))
+        if node is not self.method and self.first in _parameters(node):
+            return node  # another self
+        loops = isinstance(node, LOOPS)
         self.loops += loops
         try:
             return self.replaced(node)
@@ -211,6 +215,12 @@ class Rewriter(ast.NodeTransformer):
             else:
                 yield statements[i]
                 i += 1
+
+
+def _parameters(node: ast.AST) -> list[str]:
+    if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+        return []
+    return [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
 
 
 def _loads(node: ast.AST) -> list[str]:

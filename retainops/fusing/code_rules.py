@@ -67,11 +67,13 @@ def add_norm(module: Any, NORM: str) -> Verdict:
 @fuse_rule(
     before=[
         "h = self.LINEAR(X)\nh = ACT(h)",
+        "h = self.LINEAR(X)\nh = ACT(h, approximate='tanh')",
         "ACT(self.LINEAR(X))",
         "ACT(self.LINEAR(X), approximate='tanh')",
     ],
     after=[
         "h = self.fused_bias_act(self.LINEAR, ACT, X)",
+        "h = self.fused_bias_act(self.LINEAR, ACT, X, approximate='tanh')",
         "self.fused_bias_act(self.LINEAR, ACT, X)",
         "self.fused_bias_act(self.LINEAR, ACT, X, approximate='tanh')",
     ],

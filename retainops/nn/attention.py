@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from retainops.nn.point import HoldsPoints, gradients_reach, note_without_grad
+from retainops.nn.point import HoldsPoints, gradients_reach, note_grad_mode
 from retainops.ops.attention import ATTENTION, attention, attention_of
 from retainops.retained import Retained
 
@@ -21,9 +21,9 @@ def attend(inputs: tuple[Any, ...], requests: tuple[Retained, ...]) -> Tensor:
 
     Without grad nothing is kept, and no error.
     """
+    note_grad_mode(requests)
     if requests and gradients_reach(*inputs):
         return attention_of(inputs, requests)
-    note_without_grad(requests)
     return attention(*inputs[:8], **dict(zip(("softcap", "window"), inputs[8:], strict=False)))
 
 
@@ -67,9 +67,9 @@ class MultiheadAttention(nn.MultiheadAttention, HoldsPoints):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
+        note_grad_mode(self._requests)
         masks = [t for t in (key_padding_mask, attn_mask) if t is not None]
         if not self._requests or not gradients_reach(query, key, value, *masks, *self.parameters()):
-            note_without_grad(self._requests)
             return super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )

@@ -107,8 +107,8 @@ class Point(HoldsPoints):
 
 def call(op: Op, inputs: tuple[Any, ...], requests: tuple[Retained, ...]) -> torch.Tensor:
     """The op of these inputs, for each of these requests. Where no gradient comes nothing is kept, and no error."""
+    note_grad_mode(requests)
     if not requests or not gradients_reach(*inputs):
-        note_without_grad(requests)
         return op.call(*inputs)
     # A weight may require grad where the data does not, as in a first layer: then points made of the data have none.
     names = [p.name for p in op.points if p.requires_grad(inputs)]
@@ -122,7 +122,7 @@ def call(op: Op, inputs: tuple[Any, ...], requests: tuple[Retained, ...]) -> tor
 
 def tapped(op: str, name: str, value: torch.Tensor, requests: tuple[Retained, ...]) -> torch.Tensor:
     """A value in memory as the point of this name, for each of these requests."""
-    note_without_grad(requests)
+    note_grad_mode(requests)
     for request in requests:
         slot = request.get(name)
         if slot is not None and gradients_reach(value):
@@ -138,11 +138,15 @@ def _part_of(request: Retained, names: Sequence[str]) -> Retained | None:
     return Retained.of(mine) if mine else None
 
 
-def note_without_grad(requests: tuple[Retained, ...]) -> None:
-    """Remember of requests that they were met where grad mode is off: `ro.retain` warns if that is all they met."""
-    if requests and not torch.compiler.is_compiling() and not torch.is_grad_enabled():
+def note_grad_mode(requests: tuple[Retained, ...]) -> None:
+    """Remember whether requests were met where grad mode is on, or off: `ro.retain` warns if it was always off."""
+    if requests and not torch.compiler.is_compiling():
+        is_on = torch.is_grad_enabled()
         for request in requests:
-            request.without_grad = True
+            if is_on:
+                request.with_grad = True
+            else:
+                request.without_grad = True
 
 
 def gradients_reach(*inputs: Any) -> bool:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -75,6 +77,13 @@ class BiasGeluTanh(Layers):
         return self.up(F.gelu(self.fc(x), approximate="tanh"))
 
 
+class BiasGeluTanhBelow(Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc(x)
+        x = F.gelu(x, approximate="tanh")
+        return self.up(x)
+
+
 class BiasTanh(Layers):
     def forward(self, x: Tensor) -> Tensor:
         x = self.fc(x)
@@ -94,6 +103,7 @@ OTHERS = {
     Packed: "gated(F.relu)",
     BiasGelu: "bias_act(fc, F.gelu)",
     BiasGeluTanh: "bias_act(fc, F.gelu)",
+    BiasGeluTanhBelow: "bias_act(fc, F.gelu)",
     BiasTanh: "bias_act(fc, torch.tanh)",
 }
 CASES: dict[type[nn.Module], str] = {**GATES, **OTHERS}
@@ -205,6 +215,57 @@ class OfTheFile(Layers):
 def test_what_is_something_else(cls: type[nn.Module]) -> None:
     assert not ro.fuse(cls())
     assert not [name for name in vars(act) if "retainops" in name]
+
+
+class Lazy:
+    """As a package that is loaded when it is asked for something, and cannot be."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise ImportError(name)
+
+
+lazy = Lazy()
+
+
+class Looked(Layers):
+    """Calls that `ro.fuse` sees, and must not make."""
+
+    computed = 0
+
+    @functools.cached_property
+    def act(self) -> Any:
+        self.computed += 1
+        raise RuntimeError("not yet")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return lazy.act(self.fc(x)) if self.training else self.act(self.fc(x))
+
+
+def test_to_look_has_no_effect() -> None:
+    model = Looked()
+    assert not ro.fuse(model)
+    assert model.computed == 0
+
+
+class InLambda(Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        return sum(map(lambda t: F.gelu(self.fc(t)), x.split(1)))  # noqa: C417  (a lambda is what it is about)
+
+
+class OfAnother(Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        def run(self: Any, x: Tensor) -> Tensor:
+            return F.gelu(self.fc(x))
+
+        return run(SimpleNamespace(fc=lambda x: 2 * x), x)
+
+
+def test_functions_inside_a_forward(x: Tensor) -> None:
+    (row,) = ro.fuse(InLambda())
+    assert row.why == "bias_act(fc, F.gelu): it is in a loop, and its points would be of several calls"
+    model = OfAnother()
+    assert not ro.fuse(model)  # that self is another one
+    assert torch.equal(model(x), F.gelu(2 * x))
 
 
 class NoUnit(Layers):
