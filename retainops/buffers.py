@@ -64,12 +64,15 @@ class Into:
 
 def overlaps_itself(t: torch.Tensor) -> bool:
     """Whether two elements of `t` may share memory (never False when they do)."""
-    span = 1
-    for stride, size in sorted(zip(t.stride(), t.shape, strict=True)):
-        if size > 1:
-            if stride < span:
-                return True
-            span = stride * (size - 1) + span
+    # Nothing is sorted: Dynamo traces it, with sizes that it does not know.
+    dims = [(stride, size) for stride, size in zip(t.stride(), t.shape, strict=True) if size > 1]
+    for i, (stride, _) in enumerate(dims):
+        span = 1
+        for j, (other, size) in enumerate(dims):
+            if j != i and other <= stride:
+                span += other * (size - 1)
+        if stride < span:
+            return True
     return False
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from retainops import parcel
+from retainops.buffers import overlaps_itself
 from retainops.part import Part, Places, picked
 from retainops.registry import Op, Point, PointInfo, find
 from retainops.relevance import Relevance
@@ -53,8 +54,11 @@ class CompiledTap(torch.autograd.Function):
         if ctx.takes_value:
             ctx.save_for_backward(x)
         # No view: where x leaves the graph as well, AOTAutograd makes the view anew from it, outside, without the tap.
-        # Inductor does not store the copy.
-        return x.clone()
+        # Inductor does not store the copy. It has x's strides: bits of what is computed from it may depend on them.
+        copy = x.clone()
+        if copy.stride() == x.stride() or overlaps_itself(x):
+            return copy
+        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

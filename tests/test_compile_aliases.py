@@ -86,6 +86,31 @@ def test_a_value_that_leaves_the_graph(form: Callable, backend: str) -> None:
     assert_near(ours[1], dc)
 
 
+STRIDED = {
+    "a part": lambda a: a[:, :4],
+    "overlapping": lambda a: a.unfold(1, 2, 1),
+    "expanded": lambda a: a[:, :1].expand(3, 5),
+}
+
+
+@pytest.mark.parametrize("view", STRIDED.values(), ids=STRIDED)
+def test_a_strided_value_of_any_size(view: Callable) -> None:
+    """The copy has the strides where it can: bits of what is computed from it may depend on them."""
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def f(a: torch.Tensor, kept: ro.Retained) -> tuple[torch.Tensor, torch.Tensor]:
+        c = ro.point(view(a), "c", retain=kept)
+        return c, c.sin()
+
+    for n in (8, 10, 12):
+        a, kept = random_leaves(DEVICE)(3, n), ro.Retained("c")
+        c, y = f(a, kept)
+        y.sum().backward()
+        assert_near(kept.c.grad, view(a.detach()).cos())
+        if view is not STRIDED["overlapping"] and view is not STRIDED["expanded"]:
+            assert c.stride() == view(a).stride()
+
+
 class Residual(nn.Module):
     """h + f(c), c the point of h: both are alive where the graph breaks."""
 
