@@ -21,6 +21,8 @@ pytest.importorskip("matplotlib", reason="the picture needs matplotlib: pip inst
 from bench import cases as bench_cases
 from bench import forecast, picture, record, report
 from bench.cases import Case, Job, Size, cases, jobs
+from bench.figures import Figures
+from bench.figures import job as job_of
 from bench.timing import Clock, DeviceStopwatch, HostStopwatch, Pace, plan, prepare, rotation
 from retainops.registry import find, ops
 
@@ -269,7 +271,7 @@ def test_the_roofline_model_is_asked_about_each_job_alone(monkeypatch: pytest.Mo
     monkeypatch.setattr(forecast, "TENSOR_BYTES", 2**20)
     monkeypatch.delitem(forecast.DTYPES, "bf16")
     found = list(forecast.forecasts([MUL_SIN]))
-    assert [report.job(f) for f in found] == ["forward", "backward", "backward + c", "backward + c Stats"]
+    assert [job_of(f) for f in found] == ["forward", "backward", "backward + c", "backward + c Stats"]
     assert [kernels[0] for kernels in asked] == ["mul_sin_fwd_kernel", *3 * ["mul_sin_bwd_kernel"]]
     assert [len(kernels) for kernels in asked[:3]] == [1, 1, 1]
     assert [f.bytes for f in found] == [n * 2**20 for n in (3, 5, 6, 5)]
@@ -330,8 +332,8 @@ def _line(text: str, *words: str) -> str:
 
 
 def test_figures(run: record.Run) -> None:
-    figures = report.Figures(run.rows)
-    by = {(report.job(r), r.variant, r.size): r for r in run.rows}
+    figures = Figures(run.rows)
+    by = {(job_of(r), r.variant, r.size): r for r in run.rows}
     kept = by["backward + c", "retainops", "64 MiB"]
     assert figures.of_copy(kept) == pytest.approx(96 / 118)
     assert figures.kept_ratio(kept) == pytest.approx((1.18, 1.2))
@@ -475,7 +477,7 @@ def test_one_command_measures_and_reports(tmp_path: Path) -> None:
     done = _python("-m", "bench.run", *args, PYTEST_XDIST_WORKER="gw0")  # as in a parallel run of the tests
     assert done.returncode == 0, done.stdout + done.stderr
     kept = record.Run.load(tmp_path)
-    measured = {(r.op, report.job(r), r.variant) for r in kept.rows}
+    measured = {(r.op, job_of(r), r.variant) for r in kept.rows}
     assert ("mul_sin", "backward + c", "eager") in measured
     assert {variant for _, _, variant in measured} == {"retainops", "eager", "copy"}
     assert all(r.seconds > 0 for r in kept.rows)
