@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bench.cases import Job
+from bench.jobs import Job
 from bench.record import Forecast, Row
 
 

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from bench.cases import DTYPES, MIB, WIDTH, Case, Size, jobs
+from bench.cases import Case
+from bench.jobs import DTYPES, MIB, WIDTH, Size, jobs
 from bench.record import Forecast
 from retainops.registry import Op
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bench.cases import AUTOTUNED
 from bench.figures import Figures, duration
 from bench.record import Row, Run
+from bench.variants import AUTOTUNED
 
 SIZE = "64 MiB"  # the size shown, where it was measured; else the largest
 PANELS = ("forward", "backward", "backward, a gradient retained\n(1.20x: over backward without)")

@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from bench.cases import DTYPES
 from bench.figures import Figures, duration, job, name, rate
+from bench.jobs import DTYPES
 from bench.record import FILE, ROOT, Row, Run
 
 RESULTS = ROOT / "bench" / "results"

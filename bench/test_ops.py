@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 import torch
 
-from bench.cases import Case, cases, sizes
+from bench.cases import Case, cases
+from bench.jobs import sizes
 from retainops.registry import ops
 
 OF_MATRICES = ("linear_cross_entropy", "attention")

@@ -2,7 +2,9 @@
 
 from collections.abc import Callable, Iterator
 
-from bench.cases import AUTOTUNED, DTYPES, MIB, VARIANTS, Case, Job, Size, peers_of
+from bench.cases import Case, peers_of
+from bench.jobs import DTYPES, MIB, Job, Size
+from bench.variants import AUTOTUNED, VARIANTS
 from retainops.registry import find
 
 OPS = ("rms_norm", "layer_norm", "add_rms_norm", "softmax", "cross_entropy")

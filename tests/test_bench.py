@@ -11,11 +11,12 @@ pytest.importorskip("pytest_benchmark", reason="the benchmarks are an extra: pip
 pytest.importorskip("rich", reason="the report needs rich: pip install retainops[bench]")
 pytest.importorskip("matplotlib", reason="the picture needs matplotlib: pip install retainops[bench]")
 
-from bench import cases as bench_cases
-from bench import forecast
-from bench.cases import Case, Job, Size, cases, jobs
+from bench import forecast, variants
+from bench.cases import THOROUGHLY, Case, cases
 from bench.figures import job as job_of
-from retainops.registry import find, ops
+from bench.jobs import Job, Size, jobs
+from bench.peers import PEERS
+from retainops.registry import Op, find, ops
 
 MUL_SIN = find("mul_sin")
 SMALL = Size("tiny", "bandwidth", 3, 8)
@@ -27,7 +28,7 @@ def _leaves(case: Case, device: str = "cpu") -> list[torch.Tensor]:
 
 @pytest.fixture
 def fixed_dy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_cases, "random_like", lambda t: torch.full_like(t, 0.5))
+    monkeypatch.setattr(variants, "random_like", lambda t: torch.full_like(t, 0.5))
 
 
 @pytest.mark.usefixtures("fixed_dy")
@@ -75,8 +76,8 @@ def test_a_step_is_right_at_every_call(job: Job, variant: str, path: Any) -> Non
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_the_compiled_variant_can_be_called_again_and_again(direction: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Traced and partitioned as for Inductor, without its C++ compiler."""
-    bench_cases._compile.cache_clear()
-    monkeypatch.setattr(bench_cases.torch, "compile", partial(torch.compile, backend="aot_eager"))
+    variants._compile.cache_clear()
+    monkeypatch.setattr(variants.torch, "compile", partial(torch.compile, backend="aot_eager"))
     case = Case(MUL_SIN, "fp32", SMALL, Job(direction), "torch.compile")
     a, b = inputs = _leaves(case)
     call = case.build()(inputs)
@@ -96,9 +97,7 @@ def test_a_copy_moves_the_jobs_fewest_bytes() -> None:
 
 
 def test_a_peer_in_the_table_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(
-        bench_cases.PEERS, "mul_sin", {"Peer": lambda: lambda a, b: torch.sin(a * b), "Absent": lambda: None}
-    )
+    monkeypatch.setitem(PEERS, "mul_sin", {"Peer": lambda: lambda a, b: torch.sin(a * b), "Absent": lambda: None})
     assert "Absent" not in {c.variant for c in cases(MUL_SIN, "cuda")}
     found = [c for c in cases(MUL_SIN, "cuda") if c.variant == "Peer"]
     assert {str(c.job) for c in found} == {"forward", "backward", "step"}
@@ -108,11 +107,11 @@ def test_a_peer_in_the_table_is_measured(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("op", list(ops()), ids=lambda op: op.name)
-def test_every_op_is_measured_in_every_job(op: bench_cases.Op, device: str) -> None:
+def test_every_op_is_measured_in_every_job(op: Op, device: str) -> None:
     found = {(c.dtype, c.size.kind, str(c.job)) for c in cases(op, device) if c.variant == "retainops"}
     for dtype in ("fp32", "bf16"):
         assert {job for d, kind, job in found if (d, kind) == (dtype, "bandwidth")} == set(map(str, jobs(op)))
-    thorough = op.name in bench_cases.THOROUGHLY
+    thorough = op.name in THOROUGHLY
     assert {job for _, kind, job in found if kind == "host"} == set(map(str, jobs(op, "host") if thorough else ()))
     names = [str(c) for c in cases(op, device)]
     assert len(set(names)) == len(names)

@@ -10,9 +10,9 @@ pytest.importorskip("rich", reason="the report needs rich: pip install retainops
 pytest.importorskip("matplotlib", reason="the picture needs matplotlib: pip install retainops[bench]")
 
 from bench import picture, record, report
-from bench.cases import Job
 from bench.figures import Figures
 from bench.figures import job as job_of
+from bench.jobs import Job
 
 
 def _row(job: Job, variant: str, seconds: float, size: str = "64 MiB", kind: str = "bandwidth") -> record.Row:
