@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 
@@ -172,6 +173,21 @@ def test_one_row_without_dims_and_no_rows(path: Path, name: str, rows: tuple, re
     y.sum().backward()
     want.sum().backward()
     compare(op, ours, theirs, kept, values)
+
+
+@over_reductions
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+def test_numbers_of_numpy(path: Path, name: str, reduction: str, kind: type) -> None:
+    given, found = inputs_of(name, path.device, reduction=reduction), []
+    first = TARGET[name] + (2 if name == "cross_entropy" else 3)
+    index, _, *numbers = given[first : first + 5]
+    for of_index, of_number in ((int, lambda x: float(kind(x))), (np.int64, kind)):
+        ours = clones(given)
+        ours[first : first + 5] = of_index(index), reduction, *map(of_number, numbers)
+        y = OPS[name].call(*ours)
+        y.sum().backward()
+        found.append([y.detach(), *(t.grad for t in leaves(ours))])
+    torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
 @over_reductions

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -43,6 +44,11 @@ def compare(*ours: Any, scale: float = 1.0, dy: Callable[[torch.Tensor], torch.T
     for a, b in zip(leaves(ours), leaves(theirs), strict=True):
         assert_near(a.grad, b.grad, 8 * scale)
     assert_near(kept.xhat.grad, values["xhat"].grad, 4 * scale)
+
+
+def test_numbers_of_numpy(path: Path) -> None:
+    x, groups, *others, eps = inputs_of(drawn(2, 6, 5, device=path.device), 3)
+    compare(x, np.int64(groups), *others, np.float32(eps))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -66,6 +66,21 @@ def test_what_comes_to_the_sum_in_a_second_backward_comes_once(op: Op, kernels: 
 
 
 @over_sums
+def test_second_derivatives_of_the_weight_alone(op: Op, path: Path) -> None:
+    """Of a sum of constants: nothing comes back to it."""
+    x, residual, weight, *rest = inputs_of(op, 3, 5, dtype=torch.float64, device=path.device)
+    inputs = x.detach(), residual.detach(), weight, *(t.detach() if isinstance(t, torch.Tensor) else t for t in rest)
+    factor = torch.randn(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(path.device)
+    factor.requires_grad_()
+    found = []
+    for y in (op.call(*inputs)[0], op.reference(*inputs, unretained)[0]):
+        (dw,) = torch.autograd.grad((y * factor).sum(), weight, create_graph=True)
+        found.append([dw, *torch.autograd.grad(dw.sin().sum(), [weight, factor], allow_unused=True)])
+        assert not torch.autograd.grad(y.sum(), weight, create_graph=True)[0].requires_grad
+    torch.testing.assert_close(*found)
+
+
+@over_sums
 def test_a_tensor_and_itself(op: Op, path: Path) -> None:
     x, _, *rest = inputs_of(op, 5, 30, device=path.device)
     theirs = clones([x, *rest])

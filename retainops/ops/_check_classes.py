@@ -91,9 +91,9 @@ def check_options(op: str, ignore_index: Any, reduction: Any, label_smoothing: A
         TypeError: a number is expected, and it is none.
         ValueError: a number out of its range, or an unknown reduction.
     """
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, numbers.Integral):
         raise TypeError(f"{op}: ignore_index is {type(ignore_index).__name__}; expected an integer, such as -100")
-    if not -(2**63) <= ignore_index < 2**63:
+    if not -(2**63) <= int(ignore_index) < 2**63:
         raise ValueError(f"{op}: ignore_index is {ignore_index}; expected an integer that int64 holds")
     if reduction not in REDUCTIONS:
         raise ValueError(f"{op}: reduction is {reduction!r}; expected one of {', '.join(REDUCTIONS)}")

@@ -102,13 +102,13 @@ class Loss(NamedTuple):
         return self.target.unsqueeze(-1), self.weight, self.weights, *numbers
 
     def constants(self) -> dict[str, Any]:
-        """The kernels' own arguments."""
+        """The kernels' own arguments. (Triton knows no numbers of NumPy's, and no comparison of them.)"""
         given = self.options
         return {
             "FIRST": self.first,
-            "IGNORE": given.ignore_index,
-            "SMOOTHED": given.label_smoothing != 0,
-            "PENALISED": given.z_loss != 0,
+            "IGNORE": int(given.ignore_index),
+            "SMOOTHED": bool(given.label_smoothing),
+            "PENALISED": bool(given.z_loss),
             "CAPPED": given.softcap is not None,
         }
 
@@ -174,7 +174,7 @@ def reduce(rows: Rows, y: Tensor, given: Options) -> Tensor | None:
         *(losses, shares, y, divisor),
         walked=_in_one,
         programs=lambda _: 1,
-        SMOOTHED=given.label_smoothing != 0,
+        SMOOTHED=bool(given.label_smoothing),
     )
     return divisor
 

@@ -39,7 +39,7 @@ class GroupNorm:
         moments = [PerChannel(x) for _ in range(3)]
         launch(kernels.group_norm_moments_kernel, x.shape, held, x, *moments, walked=_walked)
         mean, variance = (_of_channels(x, held) for _ in range(2))
-        _each_group(kernels.group_norm_gather_kernel, x, groups, *moments, mean, variance, sizes=())
+        _each_group(kernels.group_norm_gather_kernel, x, int(groups), *moments, mean, variance, sizes=())
         given = x, mean, variance, _along(weight, x), _along(bias, x), float(eps)
         launch(kernels.group_norm_fwd_kernel, x.shape, held, *given, y, walked=_walked)
         return y, mean, variance
@@ -63,7 +63,7 @@ class GroupNorm:
             summed = *given, float(eps), dys[0], dw, db
             launch(kernels.group_norm_sums_kernel, x.shape, held, *summed, walked=_walked)
         if needs_x or kept:
-            means = self.projections(x, groups, weight, dw, db, held) if needs_x else (None, None)
+            means = self.projections(x, int(groups), weight, dw, db, held) if needs_x else (None, None)
             operands = *given, _along(weight, x), *means, float(eps), dys[0], dx, kept.get("xhat")
             # Which sums are fused depends on what else is asked for, and with it the last bit.
             bwd = kernels.group_norm_bwd_kernel
@@ -181,7 +181,7 @@ def check_group_norm(x: Any, num_groups: Any, weight: Any, bias: Any, eps: Any) 
             return  # a stand-in for a tensor, such as torch.fx's proxies: PyTorch's own operations know what to say
         if not isinstance(t, Tensor):
             raise TypeError(f"group_norm: {name} is {type(t).__name__}; expected a torch.Tensor")
-    if not isinstance(num_groups, int) or isinstance(num_groups, bool):
+    if not isinstance(num_groups, numbers.Integral) or isinstance(num_groups, bool):
         raise TypeError(f"group_norm: num_groups is {type(num_groups).__name__}; expected an integer, such as 32")
     if not isinstance(eps, numbers.Real):
         raise TypeError(f"group_norm: eps is {type(eps).__name__}; expected a number, such as 1e-5")

@@ -80,11 +80,16 @@ class Norm:
 
     def keeps(self, inputs: Sequence[Any], outputs: Sequence[Tensor | None], values: bool) -> Sequence[Any]:
         # The sum stands for both of its parts: all derivatives depend on it alone. On a bias none depends.
-        kept = [outputs[1], Unread(inputs[1]), *inputs[2:]] if self.residual else list(inputs)
+        kept = [self.sum_of(inputs, outputs[1]), Unread(inputs[1]), *inputs[2:]] if self.residual else list(inputs)
         if self.centred:
             at = self.parts(range(len(inputs)))[3]
             kept[at] = Unread.of(inputs[at])
         return kept
+
+    @staticmethod
+    def sum_of(inputs: Sequence[Any], summed: Tensor | None) -> Tensor | None:
+        """The sum, as a constant where both of its parts are: otherwise second derivatives come back by this output."""
+        return summed if summed is None or any(x.requires_grad for x in inputs[:2]) else summed.detach()
 
     def parts(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
         """(x, residual, weight, bias, eps, offset, round_first), None or 0 for what this norm has not."""
