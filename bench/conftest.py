@@ -49,7 +49,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if "measure" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.benchmark(timer=CLOCK))
             case = item.callspec.params["case"]
-            if isinstance(case, Case):  # a file may have none for this device; those of one graph warm up in one process
+            if isinstance(case, Case):  # a file may have none here; those of one graph warm up in one process
                 item.add_marker(pytest.mark.xdist_group(f"{case.op.name} {case.dtype} {case.size.name} {case.label}"))
 
 

@@ -41,7 +41,8 @@ def test_one_command_measures_and_reports(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("options", "size"), [((), "64_MiB"), (("--bench-quick",), "64k")], ids=["full", "quick"])
 def test_every_case_of_a_run_without_a_gpu_is_found(options: tuple[str, ...], size: str) -> None:
     """Some files have cases for a GPU alone, unless the run is a quick one."""
-    done = _python(*"-m pytest bench --collect-only -q -p no:cacheprovider".split(), *options, CUDA_VISIBLE_DEVICES="")
+    collect = ("-m", "pytest", "bench", "--collect-only", "-q", "-p", "no:cacheprovider")
+    done = _python(*collect, *options, CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"[mul_sin-fp32-{size}-forward-retainops]" in done.stdout
 
