@@ -1,4 +1,4 @@
-"""Chains that models use, each as its maths. The derivations are docs/ops/chains.md."""
+"""Chains that models use, each as its maths. The derivations: docs/ops/chains.md, bias_dropout_add.md."""
 
 import triton
 import triton.language as tl

@@ -9,7 +9,8 @@ from retainops.fusing import fuse, fuse_rule, unfuse
 from retainops.models import points, retain
 from retainops.nonfinite import NonFiniteGradient
 from retainops.ops.attention import attention
-from retainops.ops.chains import bias_dropout_add, mish, scale_shift, siren, softcap, squared_relu
+from retainops.ops.bias_dropout_add import bias_dropout_add
+from retainops.ops.chains import mish, scale_shift, siren, softcap, squared_relu
 from retainops.ops.cross_entropy import cross_entropy
 from retainops.ops.gated import geglu, glu, reglu, swiglu
 from retainops.ops.group_norm import group_norm

@@ -23,7 +23,7 @@ from retainops.elementwise.expressions import (
     identifier,
     sum_of,
 )
-from retainops.elementwise.rules import HELPERS, Step
+from retainops.elementwise.step import HELPERS, Step
 from retainops.elementwise.trace import Traced
 
 FORMAT = 1

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from retainops.elementwise.rules import Step
+from retainops.elementwise.step import Step
 from retainops.elementwise.trace import Traced, sources
 
 _EXACT = ("neg", "abs", "detach", "relu")

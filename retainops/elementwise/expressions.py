@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from torch.fx import Node
 
 from retainops.elementwise.comparisons import compared_with, needs_rounding
-from retainops.elementwise.rules import HELPERS, Step, literal
+from retainops.elementwise.step import HELPERS, Step, literal
 from retainops.elementwise.trace import Traced, sources
 
 TILES = ("load", "store", "store_grad", "tile")

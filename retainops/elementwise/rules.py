@@ -7,7 +7,6 @@ are those of eager PyTorch: NaN or infinite where eager's are, and ties shared a
 from __future__ import annotations
 
 import inspect
-import math
 import numbers
 import operator
 from collections.abc import Callable
@@ -17,74 +16,18 @@ import torch
 from torch.fx import Node
 from torch.nn import functional as F
 
-HELPERS = {
-    "elementary": (
-        *("compared", "erf", "expm1", "lerp", "log", "log1p", "maximum", "maximum_grad", "minimum", "minimum_grad"),
-        *("power", "power_grad", "rounded", "rsqrt", "sign", "sqrt"),
-    ),
-    "unary": (
-        *("cos", "divide", "exp", "gelu", "gelu_grad", "gelu_tanh", "gelu_tanh_grad", "reciprocal", "relu"),
-        *("relu_grad", "sigmoid", "silu", "silu_grad", "sin", "softplus", "softplus_grad", "square", "tanh"),
-    ),
-}
-"""The device functions that rules name, by their file in kernels/."""
-
-
-class Step(NamedTuple):
-    """One operation on its operands.
-
-    Attributes:
-        operands: nodes of the graph, and numbers.
-        value: the result, in the kernels' language.
-        grads: the gradient of each operand; None where there is none.
-        formula: the result, as a reader would write it; "": as `value`.
-        takes: places of the operands that are conditions: true or false.
-        gives: whether the result is a condition.
-        tensors: whether numbers among the operands must be tensors in the kernel.
-        compares: whether operands are compared: Triton 3.6 rounds a number that stands there to float32.
-    """
-
-    operands: tuple[Any, ...]
-    value: str
-    grads: tuple[str | None, ...]
-    formula: str = ""
-    takes: tuple[int, ...] = ()
-    gives: bool = False
-    tensors: bool = False
-    compares: bool = False
-
-
-class Refused(Exception):
-    """Arguments that an operation cannot take here; the text says why."""
-
-
-def literal(x: float) -> str:
-    """A number as kernels spell it."""
-    x = float(x)
-    if math.isnan(x):
-        return 'float("nan")'
-    if math.isinf(x):
-        return 'float("inf")' if x > 0 else '-float("inf")'
-    return repr(x)
-
-
-def _number(name: str, x: Any) -> float:
-    if type(x) in (bool, int, float):
-        return x
-    if isinstance(x, numbers.Real):
-        return float(x)
-    raise Refused(f"{name} must be a number that is known when the function is traced")
+from retainops.elementwise.step import Refused, Step, literal, number
 
 
 def _add(input: Any, other: Any, *, alpha: Any = 1) -> Step:
-    if _number("alpha", alpha) == 1:
+    if number("alpha", alpha) == 1:
         return Step((input, other), "{0} + {1}", ("{dy}", "{dy}"))
     a = literal(alpha)
     return Step((input, other), f"{{0}} + {a} * {{1}}", ("{dy}", f"{a} * {{dy}}"))
 
 
 def _sub(input: Any, other: Any, *, alpha: Any = 1) -> Step:
-    if _number("alpha", alpha) == 1:
+    if number("alpha", alpha) == 1:
         return Step((input, other), "{0} - {1}", ("{dy}", "-{dy}"))
     a = literal(alpha)
     return Step((input, other), f"{{0}} - {a} * {{1}}", ("{dy}", f"-{a} * {{dy}}"))
@@ -104,7 +47,7 @@ def _div(input: Any, other: Any, *, rounding_mode: Any = None) -> Step:
 def _pow(input: Any, exponent: Any) -> Step:
     if isinstance(input, numbers.Real):
         raise Refused("the base must be a tensor: write a ** x as torch.exp(x * math.log(a))")
-    exponent = _number("the exponent", exponent)
+    exponent = number("the exponent", exponent)
     e = literal(exponent)
     shown = repr(exponent) if exponent >= 0 else f"({exponent!r})"
     return Step((input,), f"power({{0}}, {e})", (f"power_grad({{0}}, {e}, {{dy}})",), f"{{0}} ** {shown}")
@@ -159,7 +102,7 @@ def _lerp(input: Any, end: Any, weight: Any) -> Step:
 
 
 def _addcmul(input: Any, tensor1: Any, tensor2: Any, *, value: Any = 1) -> Step:
-    value = _number("value", value)
+    value = number("value", value)
     if value == 1:
         return Step((input, tensor1, tensor2), "{0} + {1} * {2}", ("{dy}", "{dy} * {2}", "{dy} * {1}"))
     v = literal(value)

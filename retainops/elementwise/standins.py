@@ -13,7 +13,8 @@ import torch
 from torch import fx
 from torch.fx.proxy import GraphAppendingTracer
 
-from retainops.elementwise.rules import ROWS, Refused, row_of, step_of
+from retainops.elementwise.rules import ROWS, row_of, step_of
+from retainops.elementwise.step import Refused
 
 _LIBRARIES = (f"{Path(torch.__file__).parent}{os.sep}", f"{Path(__file__).parents[1]}{os.sep}", "<retainops")
 

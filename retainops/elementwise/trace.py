@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
-from retainops.elementwise.rules import Step
 from retainops.elementwise.standins import Tracer, Value
+from retainops.elementwise.step import Step
 
 
 class Traced(NamedTuple):

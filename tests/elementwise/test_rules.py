@@ -12,7 +12,8 @@ import torch
 from torch.nn import functional as F
 
 import retainops as ro
-from retainops.elementwise.rules import FUNCTIONS, HELPERS, METHODS, ROWS, Row
+from retainops.elementwise.rules import FUNCTIONS, METHODS, ROWS, Row
+from retainops.elementwise.step import HELPERS
 from tests.conftest import GPU, HAS_TRITON, Path
 
 INF = float("inf")
