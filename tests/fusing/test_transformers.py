@@ -232,3 +232,49 @@ def test_other_families(name: str) -> None:
     assert all(slot.l2 > 0 for slot in kept.values())
     ro.unfuse(model)
     assert all(torch.equal(value, before[what]) for what, value in step(model, inputs).items())
+
+
+COMPARING: dict[str, dict[str, Any]] = {
+    "DeepseekV32": {
+        "num_key_value_heads": 4,
+        "head_dim": None,
+        "kv_lora_rank": 16,
+        "q_lora_rank": 16,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 8,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "moe_intermediate_size": 24,
+        "index_n_heads": 2,
+        "index_head_dim": 16,
+        "index_topk": 4,
+    },
+    "Gemma4": {
+        "num_hidden_layers": 4,
+        "num_kv_shared_layers": 2,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "global_head_dim": 8,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 67,
+    },
+}
+
+
+@pytest.mark.parametrize("name", COMPARING)
+def test_attention_that_is_another_under_another_name(name: str) -> None:
+    """DeepSeek's chooses keys for a kernel there, and Gemma's drops queries that causality then counts wrongly."""
+    torch.manual_seed(3)
+    config = "Gemma4TextConfig" if name == "Gemma4" else f"{name}Config"
+    options = {k: v for k, v in {**SIZES, **COMPARING[name]}.items() if v is not None}
+    model = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, config)(**options)).eval()
+    tokens = torch.randint(3, 67, (2, 9))
+    expected = model(tokens, logits_to_keep=3).logits
+    why = [row.why for row in ro.fuse(model).left if row.name == ""]
+    asks = {"DeepseekV32": "DeepseekV32Attention", "Gemma4": "Gemma4TextModel"}[name]
+    assert why == [f"the code of {asks} compares its attention's name with sdpa and would find another"]
+    torch.testing.assert_close(model(tokens, logits_to_keep=3).logits, expected)
+    ro.unfuse(model)
+    assert torch.equal(model(tokens, logits_to_keep=3).logits, expected)
