@@ -114,7 +114,7 @@ class GatedUnit(CallsActivation, Gated):
 
     def fused_gated(self, act: Any, gate: Tensor, up: Tensor, **options: str) -> Tensor:
         """act(gate, **options) * up."""
-        unit = unit_of(act, **options)
+        unit = None if up is None else unit_of(act, **options)  # to the op None is a packed gate, here an error
         gate, up = self.point("gate", gate), self.point("up", up)
         return self.point("act", act(gate, **options)) * up if unit is None else self.call(gate, up, op=GATED[unit])
 
