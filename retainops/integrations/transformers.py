@@ -196,6 +196,8 @@ def fuse_attention(model: Any) -> Change | str | None:
     if had in _names:  # a model inside of one whose configuration it shares
         return None
     if not getattr(model, "_supports_attention_backend", False):
+        if any(_dispatches(getattr(type(module), "forward", None)) for module in model.modules()):
+            return f"its class does not say that any attention will do; if so, set_attn_implementation({NAME!r})"
         return "its attention is not called through transformers' registry"
     if had == "eager":
         return (
@@ -203,8 +205,13 @@ def fuse_attention(model: Any) -> Change | str | None:
         )
     if had != "sdpa":
         return f"its attention is {had}, which somebody chose"
-    if getattr(model.config, "attn_logit_softcapping", None) is not None:
-        return "its softcap is left out by sdpa, and would not be by retainops"
+    for path, part in model.named_modules():  # a model may be of several, with a configuration each
+        config = getattr(part, "config", None)
+        if getattr(config, "attn_logit_softcapping", None) is not None:
+            return "its softcap is left out by sdpa, and would not be by retainops"
+        theirs = getattr(config, "_attn_implementation", had) if hasattr(part, "set_attn_implementation") else had
+        if theirs != had and theirs not in _names:
+            return f"that of {path} is {theirs}, and all of a model's attention is exchanged at once"
     kinds: dict[Any, None] = dict.fromkeys(type(module) for module in model.modules())
     if (asks := next(filter(_asks_for_sdpa, kinds), None)) is not None:
         return f"the code of {asks.__name__} compares its attention's name with sdpa and would find another"
