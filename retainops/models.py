@@ -20,7 +20,7 @@ from retainops.ops._check_attention import misfit
 from retainops.patterns import Patterns, choose, matchers_of
 from retainops.points import PointTable
 from retainops.points import points as points_of_op
-from retainops.registry import PointInfo
+from retainops.registry import Op, PointInfo
 from retainops.retained import Retained, aligned
 from retainops.slots import Slot, Want, is_of_attention
 
@@ -272,13 +272,13 @@ def _check_kind(who: str, point: ModelPoint, want: Want) -> None:
     """What is for points of attention fails here, where the point is known to be another one, not in forward."""
     if not is_of_attention(want):
         return
-    op = getattr(point.holder, "op", None)
+    op = _op_of(point)
     asked = f"{who}: point '{point.name}' was asked for {want}"
-    if op is not None and op.kind == "attention" and point.info in op.points:
+    if op is not None and op.kind == "attention":
         if why := misfit(point.info.name, want):
             raise ValueError(f"{asked}; {why}")
     elif _is_of_another_op(point):
-        of = point.where if op is None or point.info not in op.points else op.name
+        of = point.where if op is None else op.name
         raise ValueError(
             f"{asked}, which is for points of attention, and it is one of {of}; leave it out by the pattern, or ask "
             "it for the gradient or for Stats over the tensor, rows or channels"
@@ -287,8 +287,17 @@ def _check_kind(who: str, point: ModelPoint, want: Want) -> None:
 
 def _is_of_another_op(point: ModelPoint) -> bool:
     """Whether it is no attention's for sure: a `Point`, or one in a module of the user's, may have any shape."""
-    op = getattr(point.holder, "op", None)
-    if op is not None and point.info in op.points:
+    if _op_of(point) is not None:
         return True
-    parts = getattr(point.holder, "fused_parts", (type(point.holder),))
-    return all(part is not Point and part.__module__.startswith("retainops.") for part in parts)
+    return all(part is not Point and part.__module__.startswith("retainops.") for part in _parts_of(point.holder))
+
+
+def _op_of(point: ModelPoint) -> Op | None:
+    """Whose point it is; None: it is not known, as of a `Point`."""
+    ops = (getattr(part, "op", None) for part in (point.holder, *_parts_of(point.holder)))
+    return next((op for op in ops if op is not None and point.info in op.points), None)
+
+
+def _parts_of(holder: Holder) -> tuple[type, ...]:
+    """The classes that a holder's points are of: of a fused module several."""
+    return getattr(holder, "fused_parts", (type(holder),))

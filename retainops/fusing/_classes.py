@@ -16,7 +16,7 @@ from torch import nn
 from retainops.fusing._code import Methods, methods, rewritten, wrappers
 from retainops.fusing._patterns import Site
 from retainops.nn.point import HoldsPoints
-from retainops.registry import PointInfo
+from retainops.registry import Op, PointInfo
 
 
 class Fused(HoldsPoints):
@@ -38,7 +38,7 @@ class Fused(HoldsPoints):
         self.__dict__["_requests"] = ()
 
     def point_infos(self) -> tuple[PointInfo, ...]:
-        return tuple(info for part in self.fused_parts for info in part.point_infos(self))
+        return tuple(info for part in self.fused_parts for info in _infos_of(part, self))
 
     def _get_name(self) -> str:
         return f"{type(self).__name__} (fused)"  # in a model's repr
@@ -49,6 +49,11 @@ class Fused(HoldsPoints):
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Made again from the original class: a class made here has no name to be found by."""
         return _new, (self.fused_from, self.fused_parts, self.fused_sites), self.__getstate__()
+
+
+def _infos_of(part: type[HoldsPoints], module: Fused) -> tuple[PointInfo, ...]:
+    """The points of one part: `module.op` may be another's."""
+    return part.op.points if part.point_infos is HoldsPoints.point_infos else part.point_infos(module)
 
 
 def _new(*fusion: Any) -> nn.Module:
@@ -70,7 +75,7 @@ def fused_class(original: type, parts: tuple[type[HoldsPoints], ...], sites: tup
 def _fused_class(
     original: Any, parts: tuple[type[HoldsPoints], ...], sites: tuple[Site, ...], functions: Methods
 ) -> type[Fused]:
-    body = {
+    body: dict[str, Any] = {
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
@@ -79,6 +84,8 @@ def _fused_class(
         "fused_sites": sites,
         **rewritten(functions, sites),
     }
+    if (op := _op_of(parts)) is not None:
+        body["op"] = op
     part = next((part for part in parts if has_forward(part)), None)
     if part is not None:
         body["forward"] = _called_as(original.forward, part.forward)
@@ -87,6 +94,17 @@ def _fused_class(
         if name in vars(cls) and wrappers(vars(cls)[name]) != wrappers(dict(functions)[name]):
             raise LookupError(f"its method {name} was wrapped since its class was made")
     return cls
+
+
+def _op_of(parts: tuple[type[HoldsPoints], ...]) -> Op | None:
+    """What `self.op` is, which `self.call(x)` calls; the parts of this package each say which op they call."""
+    named = [part for part in parts if hasattr(part, "op") and part.__module__.rpartition(".")[0] != __package__]
+    if any(part.op is not named[0].op for part in named):
+        raise TypeError(
+            f"{' and '.join(part.__name__ for part in named)} have an `op` each, and self.call(x) calls one alone; say "
+            "in them which, by self.call(x, op=...) in the place of `op`, and by point_infos() what its points are"
+        )
+    return named[0].op if named else None
 
 
 def has_forward(part: type[HoldsPoints]) -> bool:

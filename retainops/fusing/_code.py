@@ -123,9 +123,14 @@ def _compiled(tree: ast.FunctionDef, function: Any) -> FunctionType:
         raise LookupError(f"its method {tree.name} has the private name {private}, spelt as its class says")
     if (closed := closes_over(inner)) is not None:
         raise LookupError(f"its method {tree.name} {closed}")
-    # Annotations are kept as text where the file says so.
+    # In a class of that name: decorators may ask whether it is a method. Annotations are text where the file says so.
+    owner = inner.__qualname__.split(".")[-2:-1]
+    body: list[ast.stmt] = [tree]
+    if owner and owner[0].isidentifier():
+        body = ast.parse(f"class {owner[0]}: pass").body
+        body[0].body = [tree]  # type: ignore[attr-defined]
     code = compile(
-        ast.fix_missing_locations(ast.Module([tree], [])),
+        ast.fix_missing_locations(ast.Module(body, [])),
         inner.__code__.co_filename,
         "exec",
         flags=inner.__code__.co_flags & __future__.annotations.compiler_flag,
@@ -136,6 +141,8 @@ def _compiled(tree: ast.FunctionDef, function: Any) -> FunctionType:
         exec(code, inner.__globals__, made)
     except Exception as error:
         raise LookupError(f"{function.__qualname__} cannot be made again: {error}") from error
+    if body[0] is not tree:
+        made = dict(vars(made[owner[0]]))
     new, own = made[tree.name], inspect.unwrap(made[tree.name])
     # Its defaults are the very objects that the original's are.
     own.__defaults__, own.__kwdefaults__ = inner.__defaults__, inner.__kwdefaults__

@@ -2,6 +2,7 @@
 
 A method that stands for several modules' calls (a linear layer and an activation) calls them one by one where it must:
 where one has hooks, or is another module by now. So whatever happens to a model after it was fused stays right.
+A module may inherit several of these, so each says which op it calls.
 """
 
 from __future__ import annotations
@@ -113,7 +114,7 @@ class GatedUnit(CallsActivation, Gated):
 
     def fused_gated(self, act: Any, gate: Tensor, up: Tensor, **options: str) -> Tensor:
         """act(gate, **options) * up."""
-        unit = unit_of(act, **options)
+        unit = None if up is None else unit_of(act, **options)  # to the op None is a packed gate, here an error
         gate, up = self.point("gate", gate), self.point("up", up)
         return self.point("act", act(gate, **options)) * up if unit is None else self.call(gate, up, op=GATED[unit])
 
@@ -160,7 +161,7 @@ class Rotary(HoldsPoints):
         """function(q, k, cos, sin)."""
         known = self.__dict__.get(FUNCTION) is function  # and not another that its file has by now
         if known and all(t.dtype == q.dtype for t in (k, cos, sin)) and cos.dim() == 3 and cos.shape[-1] == q.shape[-1]:
-            q_rot, k_rot = self.call(q, k, cos, sin, False, False)
+            q_rot, k_rot = self.call(q, k, cos, sin, False, False, op=ROPE)
         else:
             q_rot, k_rot = function(q, k, cos, sin)
             q_rot, k_rot = self.point("q_rot", q_rot), self.point("k_rot", k_rot)
@@ -180,7 +181,7 @@ class Sdpa(HoldsPoints):
         """function(*args, **named)."""
         if function is not SDPA:
             return self.point("o", function(*args, **named))
-        return self.call(*_in_order(*args, **named))
+        return self.call(*_in_order(*args, **named), op=ATTENTION)
 
 
 def _in_order(

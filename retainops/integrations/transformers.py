@@ -7,6 +7,7 @@ Importing this module registers it: every model there that dispatches its attent
 from __future__ import annotations
 
 import copy
+import dis
 import functools
 import inspect
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
 from retainops.fusing import Change
@@ -195,6 +196,8 @@ def fuse_attention(model: Any) -> Change | str | None:
     if had in _names:  # a model inside of one whose configuration it shares
         return None
     if not getattr(model, "_supports_attention_backend", False):
+        if any(_dispatches(getattr(type(module), "forward", None)) for module in model.modules()):
+            return f"its class does not say that any attention will do; if so, set_attn_implementation({NAME!r})"
         return "its attention is not called through transformers' registry"
     if had == "eager":
         return (
@@ -202,8 +205,16 @@ def fuse_attention(model: Any) -> Change | str | None:
         )
     if had != "sdpa":
         return f"its attention is {had}, which somebody chose"
-    if getattr(model.config, "attn_logit_softcapping", None) is not None:
-        return "its softcap is left out by sdpa, and would not be by retainops"
+    for path, part in model.named_modules():  # a model may be of several, with a configuration each
+        config = getattr(part, "config", None)
+        if getattr(config, "attn_logit_softcapping", None) is not None:
+            return "its softcap is left out by sdpa, and would not be by retainops"
+        theirs = getattr(config, "_attn_implementation", had) if hasattr(part, "set_attn_implementation") else had
+        if theirs != had and theirs not in _names:
+            return f"that of {path} is {theirs}, and all of a model's attention is exchanged at once"
+    kinds: dict[Any, None] = dict.fromkeys(type(module) for module in model.modules())
+    if (asks := next(filter(_asks_for_sdpa, kinds), None)) is not None:
+        return f"the code of {asks.__name__} compares its attention's name with sdpa and would find another"
 
     def apply() -> None:
         vars(model)[HAD] = had, _own_configs(model)
@@ -214,6 +225,19 @@ def fuse_attention(model: Any) -> Change | str | None:
             raise
 
     return Change("attention", apply)
+
+
+@functools.cache
+def _asks_for_sdpa(cls: Any) -> bool:
+    """Whether the code of a module compares the name of its attention, as where it chooses keys for a kernel."""
+    functions = (f for c in cls.__mro__ if c not in PreTrainedModel.__mro__ for f in vars(c).values() if callable(f))
+    for code in (getattr(inspect.unwrap(f), "__code__", None) for f in functions):
+        steps = [] if code is None or "_attn_implementation" not in code.co_names else [*dis.get_instructions(code)]
+        for name, known, step in zip(steps, steps[1:], steps[2:], strict=False):
+            compares = step.opname in ("COMPARE_OP", "CONTAINS_OP") and name.argval == "_attn_implementation"
+            if compares and isinstance(known.argval, (str, tuple)) and "sdpa" in known.argval:
+                return True
+    return False
 
 
 def unfuse_attention(model: Any) -> str | None:

@@ -120,6 +120,32 @@ def test_a_method_keeps_all_that_is_around_its_code(monkeypatch: pytest.MonkeyPa
     assert torch.equal(net(x), torch.ones(3, 4))
 
 
+def documented(function: Callable) -> Callable:
+    """As transformers' auto_docstring, which takes a function whose name has no class for a class."""
+    if "." not in function.__qualname__:
+        raise AttributeError("'function' object has no attribute '__mro__'")
+    function.documents = function.__qualname__
+    return function
+
+
+class Documented(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.act = nn.Linear(4, 4), nn.ReLU()
+
+    @documented
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.act(self.fc(x))
+
+
+def test_a_decorator_that_asks_whose_method_it_is() -> None:
+    net, x = Documented(), torch.randn(3, 4)
+    expected = net(x)
+    assert [row.op for row in ro.fuse(net)] == ["bias_act(fc, act)"]
+    assert type(net).forward.documents == Documented.forward.documents == "Documented.forward"
+    torch.testing.assert_close(net(x), expected)
+
+
 def test_tracebacks_show_the_file() -> None:
     class_ = type(Net())
     pattern = Pattern("self.ACT(self.LINEAR(X))", "self.raises(X)")

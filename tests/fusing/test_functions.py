@@ -301,6 +301,14 @@ def test_a_call_that_is_an_error_stays_one(x: Tensor, monkeypatch: pytest.Monkey
         model(x)
 
 
+def test_an_up_that_is_none_is_no_packed_gate(x: Tensor) -> None:
+    model = SwiGLU()
+    ro.fuse(model)
+    model.up.forward = lambda x: None  # a projection that forgets to return
+    with pytest.raises(TypeError, match="unsupported operand"):
+        model(x)
+
+
 def test_a_whole_step_in_bfloat16_under_autocast(x: Tensor) -> None:
     model = SwiGLU()
     with torch.autocast("cpu", torch.bfloat16):

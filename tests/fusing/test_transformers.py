@@ -232,3 +232,92 @@ def test_other_families(name: str) -> None:
     assert all(slot.l2 > 0 for slot in kept.values())
     ro.unfuse(model)
     assert all(torch.equal(value, before[what]) for what, value in step(model, inputs).items())
+
+
+COMPARING: dict[str, dict[str, Any]] = {
+    "DeepseekV32": {
+        "num_key_value_heads": 4,
+        "head_dim": None,
+        "kv_lora_rank": 16,
+        "q_lora_rank": 16,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 8,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "moe_intermediate_size": 24,
+        "index_n_heads": 2,
+        "index_head_dim": 16,
+        "index_topk": 4,
+    },
+    "Gemma4": {
+        "num_hidden_layers": 4,
+        "num_kv_shared_layers": 2,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "global_head_dim": 8,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 67,
+    },
+}
+
+
+@pytest.mark.parametrize("name", COMPARING)
+def test_attention_that_is_another_under_another_name(name: str) -> None:
+    """DeepSeek's chooses keys for a kernel there, and Gemma's drops queries that causality then counts wrongly."""
+    torch.manual_seed(3)
+    config = "Gemma4TextConfig" if name == "Gemma4" else f"{name}Config"
+    options = {k: v for k, v in {**SIZES, **COMPARING[name]}.items() if v is not None}
+    model = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, config)(**options)).eval()
+    tokens = torch.randint(3, 67, (2, 9))
+    expected = model(tokens, logits_to_keep=3).logits
+    why = [row.why for row in ro.fuse(model).left if row.name == ""]
+    asks = {"DeepseekV32": "DeepseekV32Attention", "Gemma4": "Gemma4TextModel"}[name]
+    assert why == [f"the code of {asks} compares its attention's name with sdpa and would find another"]
+    torch.testing.assert_close(model(tokens, logits_to_keep=3).logits, expected)
+    ro.unfuse(model)
+    assert torch.equal(model(tokens, logits_to_keep=3).logits, expected)
+
+
+def test_parts_of_a_model_whose_attention_differs() -> None:
+    """The eager one stays, though the whole model's is sdpa: rows that see no key are another matter there."""
+    text = {**SIZES, "num_key_value_heads": 4}
+    vision = {k: text[k] for k in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")}
+    config = transformers.LlavaConfig(
+        text_config=transformers.LlamaConfig(**text),
+        vision_config=transformers.CLIPVisionConfig(**vision, image_size=16, patch_size=8),
+        image_token_index=66,
+        vision_feature_select_strategy="full",
+    )
+    torch.manual_seed(3)
+    chosen = {"text_config": "eager", "vision_config": "sdpa"}
+    model = transformers.LlavaForConditionalGeneration._from_config(config, attn_implementation=chosen).eval()
+    tokens = torch.randint(3, 66, (2, 9))
+    tokens[:, 3:8] = 66  # a patch each, and one for the class
+    mask = torch.ones_like(tokens)
+    mask[0, :2] = 0  # rows that see no key
+    inputs = {"input_ids": tokens, "attention_mask": mask, "pixel_values": torch.randn(2, 3, 16, 16)}
+    expected = model(**inputs).logits
+    table = ro.fuse(model)
+    why = {row.name: row.why for row in table.left}
+    assert why[""] == "that of model.language_model is eager, and all of a model's attention is exchanged at once"
+    assert why["model.language_model"].startswith("eager attention treats rows that see no key in its own way")
+    assert ("model.vision_tower", "attention") in {(row.name, row.op) for row in table.replaced}
+    torch.testing.assert_close(model(**inputs).logits, expected)
+    ro.unfuse(model)
+    assert torch.equal(model(**inputs).logits, expected)
+
+
+def test_what_is_said_of_attention_that_is_left() -> None:
+    """Whisper's is called through the registry, and its class has no word about other implementations of it."""
+    small = {"num_mel_bins": 8, "max_source_positions": 20, "max_target_positions": 20, "decoder_start_token_id": 1}
+    config = transformers.WhisperConfig(**{k: v for k, v in SIZES.items() if "size" not in k}, vocab_size=67, **small)
+    model = transformers.WhisperModel(config)
+    why = {row.why for row in ro.fuse(model).left}
+    assert "its class does not say that any attention will do; if so, set_attn_implementation('retainops')" in why
+    model.set_attn_implementation("retainops")
+    assert "encoder.layers.0.self_attn.p" in ro.points(model)
+    config = transformers.BloomConfig(hidden_size=32, n_layer=1, n_head=4, vocab_size=67)
+    why = {row.why for row in ro.fuse(transformers.BloomModel(config)).left}
+    assert "its attention is not called through transformers' registry" in why
