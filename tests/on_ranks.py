@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import itertools
 import sys
 import traceback
 import warnings
@@ -234,6 +236,41 @@ def case_dtensor_compiled() -> Any:
     f = torch.compile(lambda x, kept: ro.mul_sin(x, 2.0, retain=kept), backend="aot_eager", fullgraph=True)
     f(x, kept).sum().backward()
     return kept.to_dict()["c"]
+
+
+def losses(place: Callable[[torch.Tensor, Any], torch.Tensor], target: torch.Tensor) -> dict[Any, list[torch.Tensor]]:
+    """Cross entropies, and their gradients, of logits and weights that `place` puts somewhere by a dim of theirs."""
+    from torch.distributed.tensor.parallel import loss_parallel
+
+    drawn = torch.Generator().manual_seed(4)
+    logits, weight = torch.randn(4, 8, generator=drawn), torch.rand(8, generator=drawn)
+    found = {}
+    for dim, weighted, parallel in itertools.product((None, 0, 1), (False, True), (False, True)):
+        kept, linear = ro.Retained("logits", "p"), ro.Retained("logits")
+        x, z = (place(logits, dim).requires_grad_() for _ in "xz")
+        of_classes = weight if weighted else None
+        with loss_parallel() if parallel else contextlib.nullcontext():
+            loss = ro.cross_entropy(x, target, of_classes, label_smoothing=0.1, z_loss=0.01, retain=kept)
+            eye = place(torch.eye(8), None if dim != 1 else 0)
+            other = ro.linear_cross_entropy(z, eye, target, class_weight=of_classes, retain=linear)
+            (loss + other).backward()
+        slots = [*kept.values(), *linear.values()]
+        found[dim, weighted, parallel] = [whole(t.detach()) for t in (loss, other, x.grad, z.grad)]
+        found[dim, weighted, parallel] += [whole(slot.grad) for slot in slots]
+    return found
+
+
+TARGET = torch.tensor([1, 3, -100, 7])
+
+
+def case_cross_entropy() -> Any:
+    """Whichever dim is split, the classes among them; of targets that are the same on every rank, plain or not."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    def place(t: torch.Tensor, dim: int | None) -> torch.Tensor:
+        return distribute_tensor(t, mesh(), [Replicate() if dim is None else Shard(dim)])
+
+    return [losses(place, TARGET), losses(place, place(TARGET, None)), losses(place, place(TARGET, 0))]
 
 
 def gradient(kept: ro.Retained, grad: torch.Tensor) -> None:

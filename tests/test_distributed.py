@@ -165,6 +165,14 @@ def test_dtensors_in_compiled_code(ranks: list[dict[str, Any]]) -> None:
             torch.testing.assert_close(got[what], getattr(kept.c, what))
 
 
+def test_cross_entropy_of_dtensors(ranks: list[dict[str, Any]]) -> None:
+    want = on_ranks.losses(lambda t, _dim: t.clone(), on_ranks.TARGET)
+    for got in results(ranks, "cross_entropy"):
+        for of in got:
+            for how, tensors in of.items():
+                torch.testing.assert_close(tensors, want[how], rtol=1e-5, atol=1e-6, msg=lambda m, how=how: f"{how}: {m}")
+
+
 def test_nan_wins_on_whatever_rank(ranks: list[dict[str, Any]]) -> None:
     for got in results(ranks, "nan_wins_on_whatever_rank"):
         assert len(got) == 9 * len(ranks)
