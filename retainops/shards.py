@@ -26,8 +26,8 @@ def local(t: torch.Tensor) -> torch.Tensor:
 
 
 def replicated(t: torch.Tensor, like: Any) -> torch.Tensor:
-    """A plain tensor that is the same on every rank, as a DTensor of another one's mesh; a DTensor as it is."""
-    if is_dtensor(t):
+    """A plain tensor that is the same on every rank, as what goes with another one: with a DTensor, one of its mesh."""
+    if is_dtensor(t) or not is_dtensor(like):
         return t
     from torch.distributed.tensor import DTensor, Replicate
 
