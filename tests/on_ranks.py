@@ -15,12 +15,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import retainops as ro
 from tests.small_model import Model
 from tests.test_integrations import Chain
 
 EVERY = ro.Stats("l2", "sum", "abs_sum", "amax", "mean", "nonfinite", "act_grad", "hist")
+EVERY_AND_GRAD = ro.Stats(*EVERY.names, grad=True)
 CHANNELS = ro.Stats("l2", "amax", "mean", "nonfinite", over="channels")
 BATCH, D = 8, 6
 WIDTH = 12
@@ -127,6 +129,38 @@ def case_ddp_compiled() -> Any:
 
 def case_fsdp() -> Any:
     return data_parallel(fsdp)
+
+
+def case_fsdp_of_wrappers() -> Any:
+    """By the older way, whose wrappers are modules."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model = model_of(Model)
+    for i, layer in enumerate(model.layers):
+        model.layers[i] = FullyShardedDataParallel(layer, device_id=torch.device("cpu"))
+    wrapped = FullyShardedDataParallel(model, device_id=torch.device("cpu"))
+    kept, _ = step(wrapped, wrapped, batch().chunk(dist.get_world_size())[dist.get_rank()])
+    kept.all_reduce()
+    return {"stats": kept.to_dict(), "points": str(ro.points(wrapped)["layers.0.sine.c"].where)}
+
+
+def case_pipeline() -> Any:
+    """A stage a rank; and one of those schedules that make the gradients of weights apart."""
+    from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleInterleavedZeroBubble
+
+    rank, world, found = dist.get_rank(), dist.get_world_size(), []
+    for schedule, many in ((Schedule1F1B, 1), (ScheduleInterleavedZeroBubble, 2)):
+        torch.manual_seed(3)
+        layers = Model(world * many).double().layers
+        mine = {i: layers[i] for i in range(rank, len(layers), world)}
+        stages = [PipelineStage(part, i, len(layers), torch.device("cpu")) for i, part in mine.items()]
+        run = schedule(stages if many > 1 else stages[0], 4, loss_fn=lambda y, _: y.square().sum(), scale_grads=False)
+        given, target = (batch(),) if rank == 0 else (), {"target": batch()} if rank == world - 1 else {}
+        run.step(*given, **target)  # the first one runs the stages on made-up values, too
+        with ro.retain(nn.ModuleDict({str(i): part for i, part in mine.items()}), "*", EVERY_AND_GRAD) as kept:
+            run.step(*given, **target)
+        found.append({f"layers.{name}": of for name, of in kept.to_dict().items()})
+    return found
 
 
 def case_fsdp_compiled() -> Any:
@@ -271,6 +305,46 @@ def case_cross_entropy() -> Any:
         return distribute_tensor(t, mesh(), [Replicate() if dim is None else Shard(dim)])
 
     return [losses(place, TARGET), losses(place, place(TARGET, None)), losses(place, place(TARGET, 0))]
+
+
+def attended(place: Callable[[torch.Tensor], torch.Tensor], want: Any, point: str, causal: bool) -> list[Any]:
+    """What is retained of two calls of attention, and the gradient of q."""
+    drawn = torch.Generator().manual_seed(5)
+    kept = ro.Retained(**{point: want})
+    q, k, v = (place(torch.randn(4, 4, 5, 8, generator=drawn)).requires_grad_() for _ in "qkv")
+    with sdpa_kernel(SDPBackend.MATH):  # PyTorch's own of a CPU takes no DTensor
+        for scale in (1.0, -2.0):
+            (whole(ro.attention(q, k, v, is_causal=causal, retain=kept).square().sum()) * scale).backward()
+    return [*(whole(t) for t in kept.to_dict()[point].values() if t is not None), whole(q.grad)]
+
+
+ATTENDED = {
+    "s": ro.Stats("l2", "sum", over="heads"),
+    "p": ro.Relevance("chefer", "legrad", "attn_grad"),
+    "o": ro.Stats("l2", grad=True),
+}
+
+
+def case_attention() -> Any:
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    found = {}
+    for p, (point, want), causal in itertools.product(
+        (Shard(0), Shard(1), Replicate()), ATTENDED.items(), (False, True)
+    ):
+        place = functools.partial(distribute_tensor, device_mesh=mesh(), placements=[p])
+        found[str(p), point, causal] = attended(place, want, point, causal)
+    return found
+
+
+def case_softmax_causal() -> Any:
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    found = []
+    for f, dim in itertools.product((ro.softmax, ro.log_softmax), range(3)):
+        x = distribute_tensor(torch.arange(50.0).view(2, 5, 5).sin(), mesh(), [Shard(dim)])
+        found.append(whole(f(x, causal=True)))
+    return found
 
 
 def gradient(kept: ro.Retained, grad: torch.Tensor) -> None:

@@ -89,6 +89,30 @@ def test_full_gradients_are_the_ranks_own(ranks: list[dict[str, Any]]) -> None:
         torch.testing.assert_close(together / len(ranks), of["grad"])
 
 
+def test_fully_sharded_by_wrappers(ranks: list[dict[str, Any]]) -> None:
+    single = on_ranks.single(on_ranks.Model)
+    for got in results(ranks, "fsdp_of_wrappers"):
+        assert list(got["stats"]) == list(single["stats"])
+        assert_same(got["stats"], single["stats"], divide=len(ranks))
+        assert got["points"] == "MulSin in Block"
+
+
+def test_pipeline_parallel(ranks: list[dict[str, Any]]) -> None:
+    """Each rank has its stages' points, of all micro-batches; where no leaf gets a gradient, its statistics."""
+    found = results(ranks, "pipeline")
+    for which, many in enumerate((1, 2)):
+        torch.manual_seed(3)
+        layers = on_ranks.Model(len(ranks) * many).double()
+        with ro.retain(layers, "layers.*", on_ranks.EVERY_AND_GRAD) as kept:
+            for x in on_ranks.batch().chunk(4):
+                layers(x).square().sum().backward()
+        got = {name: of for rank in found for name, of in rank[which].items()}
+        assert got.keys() == kept.keys()
+        without = [name for name, of in got.items() if of["grad"] is None]
+        assert without == [name for name in got if many == 2 and not name.startswith("layers.0.")]
+        assert_same(got, kept.to_dict())
+
+
 def test_tensor_parallel_with_plain_tensors(ranks: list[dict[str, Any]]) -> None:
     single = on_ranks.single(on_ranks.MLP)
     for got in results(ranks, "tensor_parallel_local"):
@@ -170,7 +194,24 @@ def test_cross_entropy_of_dtensors(ranks: list[dict[str, Any]]) -> None:
     for got in results(ranks, "cross_entropy"):
         for of in got:
             for how, tensors in of.items():
-                torch.testing.assert_close(tensors, want[how], rtol=1e-5, atol=1e-6, msg=lambda m, how=how: f"{how}: {m}")
+                torch.testing.assert_close(
+                    tensors, want[how], rtol=1e-5, atol=1e-6, msg=lambda m, how=how: f"{how}: {m}"
+                )
+
+
+def test_attention_of_dtensors(ranks: list[dict[str, Any]]) -> None:
+    for got in results(ranks, "attention"):
+        assert len(got) == 18
+        for (where, point, causal), tensors in got.items():
+            want = on_ranks.attended(torch.clone, on_ranks.ATTENDED[point], point, causal)
+            torch.testing.assert_close(tensors, want, msg=lambda m, at=(where, point, causal): f"{at}: {m}")
+
+
+def test_causal_softmax_of_dtensors(ranks: list[dict[str, Any]]) -> None:
+    x = torch.arange(50.0).view(2, 5, 5).sin()
+    want = [f(x, causal=True) for f in (ro.softmax, ro.log_softmax) for _ in range(3)]
+    for got in results(ranks, "softmax_causal"):
+        torch.testing.assert_close(got, want)
 
 
 def test_nan_wins_on_whatever_rank(ranks: list[dict[str, Any]]) -> None:
