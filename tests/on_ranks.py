@@ -259,7 +259,17 @@ def case_dtensor_into() -> Any:
     x, buffer = (distribute_tensor(t, mesh(), [Shard(2)]) for t in (uneven(), torch.full((5, 3, 7), 9.0)))
     kept = ro.Retained(c=ro.Into(buffer))
     ro.mul_sin(x.requires_grad_(), 2.0, retain=kept).sum().backward()
-    return {"buffer": buffer.full_tensor(), "same": kept.c.grad is buffer}
+    plain = ro.Retained(c=ro.Into(torch.zeros(5, 3, 7)))
+    y = ro.mul_sin(x, 2.0, retain=plain)
+    return {"buffer": buffer.full_tensor(), "same": kept.c.grad is buffer, "plain": error_of(y.sum().backward)}
+
+
+def error_of(f: Callable[[], object]) -> str:
+    try:
+        f()
+    except Exception as caught:
+        return f"{type(caught).__name__}: {caught}"
+    return "no error"
 
 
 def case_dtensor_compiled() -> Any:
@@ -381,11 +391,13 @@ def case_points_that_some_ranks_have_no_gradient_for() -> Any:
         channels=ro.Stats("sum", over="channels"),
         everywhere=ro.Stats("sum", "nonfinite"),
         gradient=ro.Stats("sum", grad=True),
+        in_float64=ro.Stats("l2", "amax"),
     )
     of = lambda name: ro.Retained.of({name: kept[name]})  # noqa: E731
     rank = dist.get_rank()
     if rank == 1:
         gradient(of("somewhere"), torch.tensor([1.0, -4.0]))
+        gradient(of("in_float64"), torch.tensor([1e300, 1e100], dtype=torch.float64).sqrt())
         gradient(of("channels"), torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
     gradient(of("gradient"), torch.tensor([float(rank)]))
     gradient(of("everywhere"), torch.tensor([1.0, float("inf") if rank == 1 else 0.0], dtype=torch.float32))
@@ -397,34 +409,31 @@ def case_points_that_some_ranks_have_no_gradient_for() -> Any:
 
 
 def case_what_is_refused() -> Any:
-    def error(f: Callable[[], object]) -> str:
-        try:
-            f()
-        except Exception as caught:
-            return f"{type(caught).__name__}: {caught}"
-        return "no error"
-
     rank, g = dist.get_rank(), torch.ones(2, 2 + dist.get_rank())
-    found = {"no statistics": error(lambda: ro.Retained("c").all_reduce())}
-    found["rows"] = error(lambda: ro.Retained(c=ro.Stats("l2", over="rows")).all_reduce())
-    found["others"] = error(lambda: ro.Retained(c=ro.Stats("l2" if rank else "sum")).all_reduce())
-    found["rows on one"] = error(lambda: ro.Retained(c=ro.Stats("l2", over="rows" if rank else "tensor")).all_reduce())
-    found["nothing on one"] = error(lambda: (ro.Retained(c=ro.Stats("l2")) if rank else ro.Retained("c")).all_reduce())
+    found = {"no statistics": error_of(lambda: ro.Retained("c").all_reduce())}
+    found["rows"] = error_of(lambda: ro.Retained(c=ro.Stats("l2", over="rows")).all_reduce())
+    found["others"] = error_of(lambda: ro.Retained(c=ro.Stats("l2" if rank else "sum")).all_reduce())
+    found["rows on one"] = error_of(
+        lambda: ro.Retained(c=ro.Stats("l2", over="rows" if rank else "tensor")).all_reduce()
+    )
+    found["nothing on one"] = error_of(
+        lambda: (ro.Retained(c=ro.Stats("l2")) if rank else ro.Retained("c")).all_reduce()
+    )
     channels = ro.Retained(c=ro.Stats("l2", over="channels"))
     gradient(channels, g)
-    found["channels"] = error(channels.all_reduce)
+    found["channels"] = error_of(channels.all_reduce)
     twice = ro.Retained(c=ro.Stats("l2"))
     gradient(twice, g)
     twice.all_reduce()
-    found["twice"] = error(twice.all_reduce)
+    found["twice"] = error_of(twice.all_reduce)
     if rank:
         twice.reset()
-    found["reset on one"] = error(twice.all_reduce)
+    found["reset on one"] = error_of(twice.all_reduce)
     twice.reset()
     gradient(twice, g)
-    found["after reset"] = error(twice.all_reduce)
+    found["after reset"] = error_of(twice.all_reduce)
     alone = dist.new_group([0])
-    found["not in the group"] = error(lambda: ro.watch(Chain(1.0), group=alone).close())
+    found["not in the group"] = error_of(lambda: ro.watch(Chain(1.0), group=alone).close())
     return found
 
 

@@ -179,6 +179,9 @@ def test_into_a_buffer_that_is_a_dtensor(ranks: list[dict[str, Any]]) -> None:
     for got in results(ranks, "dtensor_into"):
         torch.testing.assert_close(got["buffer"], torch.cos(2 * on_ranks.uneven()))
         assert got["same"]
+        assert got["plain"].startswith(
+            "ValueError: mul_sin: the gradient of point 'c' is a DTensor, and its Into buffer"
+        )
 
 
 def test_dtensors_in_compiled_code(ranks: list[dict[str, Any]]) -> None:
@@ -233,6 +236,8 @@ def test_points_that_some_ranks_have_no_gradient_for(ranks: list[dict[str, Any]]
         assert read["channels"]["sum"].tolist() == [4.0, 6.0]
         assert read["everywhere"]["nonfinite"].item() == 1
         assert read["everywhere"]["nonfinite"].dtype == torch.int64
+        assert read["in_float64"]["amax"].item() == pytest.approx(1e150)
+        assert read["in_float64"]["l2"].dtype == torch.float64
         assert read["gradient"]["sum"].item() == sum(range(len(ranks)))
         assert got["gradient"].tolist() == [rank]
         assert got["first"] == "everywhere"
