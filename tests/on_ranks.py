@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import retainops as ro
+from retainops.testing import simulated_gpu
 from tests.small_model import Model
 from tests.test_integrations import Chain
 
@@ -193,6 +194,25 @@ def case_tensor_parallel_local() -> Any:
     shape = kept["hidden"].shape
     kept.all_reduce(patterns=["act.*", "hidden"])  # `out` is the same on every rank
     return {"stats": kept.to_dict(), "loss": loss, "grads": grads, "shape": shape}
+
+
+def case_kernels_after_a_row_wise_layer() -> Any:
+    """Its output is a collective's, that nobody has waited for."""
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    found = []
+    for parallel in (False, True):
+        model = model_of(MLP).float()
+        if parallel:
+            parallelize_module(model, mesh(), {"up": ColwiseParallel(), "down": RowwiseParallel()})
+        x, kept = batch().float().requires_grad_(), ro.Retained("xhat", "summed")
+        h, weight = model(x), torch.ones(D, requires_grad=True)
+        with simulated_gpu(), ro.backend("triton"):
+            y, _ = ro.add_rms_norm(h, x, weight, retain=kept)
+            y.sin().sum().backward()
+        grads = [x.grad, weight.grad, whole(model.up.weight.grad), *(slot.grad for slot in kept.values())]
+        found.append([type(h).__name__, y.detach(), *grads])
+    return found
 
 
 def case_tensor_parallel_dtensor() -> Any:

@@ -122,6 +122,12 @@ def test_tensor_parallel_with_plain_tensors(ranks: list[dict[str, Any]]) -> None
         assert_same(got["stats"], single["stats"])
 
 
+def test_kernels_take_what_a_row_wise_layer_gives(ranks: list[dict[str, Any]]) -> None:
+    for (_, *want), (kind, *got) in results(ranks, "kernels_after_a_row_wise_layer"):
+        assert kind == "AsyncCollectiveTensor"
+        torch.testing.assert_close(got, want)
+
+
 def test_tensor_parallel_with_dtensors(ranks: list[dict[str, Any]]) -> None:
     """Statistics are those of the whole tensor at once, and being put together does not count a shard twice."""
     single = on_ranks.single(on_ranks.MLP)
