@@ -474,7 +474,15 @@ def case_watch() -> Any:
             stopped = "not at all"
         except ro.NonFiniteGradient as error:
             stopped = str(error)
-    return {"steps": steps, "latest": latest, "stopped": stopped}
+    twice, order = nn.ModuleDict({"early": ro.nn.Point(), "late": ro.nn.Point()}), ""
+    with ro.watch(twice, group="world") as watcher:
+        y = twice["early"](x) * 2
+        (twice["late"](y) if rank == 0 else y).sum().mul(float("nan")).backward()
+        try:
+            watcher.step()
+        except ro.NonFiniteGradient as error:
+            order = error.point
+    return {"steps": steps, "latest": latest, "stopped": stopped, "order": order}
 
 
 def main(out: Path) -> None:

@@ -278,5 +278,7 @@ def test_watch(ranks: list[dict[str, Any]]) -> None:
         assert of["latest"] == got[0]["latest"]
         assert of["latest"] == got[0]["steps"][1]
         assert of["stopped"].startswith("watch: step 0: the gradient of 'p2' has 1 element that is inf or nan; that of")
+    # All stop. Only the first rank ran the later layer: where the others have it in the order, nobody knows.
+    assert [of["order"] for of in got] == ["late", *["early"] * (len(ranks) - 1)]
     for name, readings in got[0]["latest"][1].items():
         assert readings["l2"] / len(ranks) == pytest.approx(single[name]["l2"].item())
