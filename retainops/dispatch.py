@@ -156,12 +156,33 @@ def _not_plain(t: torch.Tensor) -> str:
     return "an input is a lazily negated view" if t.is_neg() else "an input is a batched tensor"
 
 
+def arrived(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Inputs, once collectives that are to bring some of them are through: a row-wise layer's output is such a one."""
+    if not any(hasattr(type(x), "trigger_wait") for x in inputs):
+        return inputs
+    return tuple(_Arrived.apply(x) if hasattr(type(x), "trigger_wait") else x for x in inputs)
+
+
+class _Arrived(torch.autograd.Function):
+    """The tensor inside an AsyncCollectiveTensor, which no kernel can read."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Any) -> torch.Tensor:
+        return x.trigger_wait().detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return grad
+
+
 def run(op: Op, inputs: tuple[Any, ...], retain: Retained | None) -> Any:
     """Call an op: check the request, choose the path, take it."""
     slots = {} if retain is None else requested(op, inputs, retain)
     if torch.compiler.is_compiling():  # first, and alone: all that follows is nothing Dynamo can trace
         return op.reference(*inputs, reader(op.name, slots))
     why = why_reference(op, inputs)
+    if why is not None and (there := arrived(inputs)) is not inputs:
+        inputs, why = there, why_reference(op, there)
     if why is None:
         return op.launch(inputs, slots)
     if backend_name() == "triton":
@@ -247,7 +268,7 @@ def explain(op: Callable[..., Any] | str, *inputs: Any) -> str:
         >>> ro.explain(ro.mul_sin, torch.ones(3), 2.0)
         'mul_sin takes the reference path: an input is on cpu, and the kernels run on cuda.'
     """
-    record = find(op)
+    record, inputs = find(op), arrived(inputs)
     why = why_reference(record, inputs)
     if record.kind == "attention":
         path = "the Triton kernels" if why is None else f"the reference path: {why}"

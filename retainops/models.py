@@ -24,9 +24,9 @@ from retainops.registry import Op, PointInfo
 from retainops.retained import Retained, aligned
 from retainops.slots import Slot, Want, is_of_attention
 
-# Wrappers are no part of the model: torch.compile's and a checkpoint's. The names are those without them.
-WRAPPED = ("", "_orig_mod", "_checkpoint_wrapped_module")
-WRAPPERS = ("OptimizedModule", "DistributedDataParallel", "CheckpointWrapper")
+# Wrappers are no part of the model: torch.compile's, a checkpoint's and a shard's. The names are those without them.
+WRAPPED = ("", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+WRAPPERS = ("OptimizedModule", "DistributedDataParallel", "CheckpointWrapper", "FullyShardedDataParallel")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ sends has the same layout whether or not a gradient came to its points, since on
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -51,13 +51,14 @@ def all_reduce(slots: Mapping[str, Slot], group: ProcessGroup | None) -> None:
     sums = [field for field in fields if field[1] != "amax"]
     maxima = [field for field in fields if field[1] == "amax"]
     counted = {id(slot): _counted(slot, ranks) for slot in asked.values()}
-    came = torch.tensor([float(bool(slot._parts)) for slot in asked.values()], dtype=torch.float64, device=device)
-    added = torch.cat([came, *(_sent(field, counted, device).double() for field in sums)])
+    came = torch.tensor([_came(slot) for slot in asked.values()], dtype=torch.float64, device=device)
+    added = torch.cat([came.T.reshape(-1), *(_sent(field, counted, device).double() for field in sums)])
     dist.all_reduce(added, dist.ReduceOp.SUM, group)
+    on_ranks, in_float64 = added[: came.numel()].view(2, -1).tolist()
     largest = torch.cat([_zeros(0, torch.int64, device), *(_bits(field, device) for field in maxima)])
     if maxima:
         dist.all_reduce(largest, dist.ReduceOp.MAX, group)
-    _put(asked, _cut(added[len(asked) :], sums) | _cut(largest, maxima), added[: len(asked)].tolist())
+    _put(asked, _cut(added[came.numel() :], sums) | _cut(largest, maxima), on_ranks, in_float64)
     for slot in asked.values():
         slot._reduced_over.add(ranks)
 
@@ -69,6 +70,11 @@ def _device(asked: Mapping[str, Slot], group: ProcessGroup | None) -> torch.devi
         return first.device
     on_gpu = "nccl" in dist.get_backend(group)
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+
+
+def _came(slot: Slot) -> tuple[float, float]:
+    """Whether a gradient came to a slot on this rank, and whether its statistics are in float64."""
+    return float(bool(slot._parts)), float(any(_local(part).dtype == torch.float64 for part in slot._parts.values()))
 
 
 def _local(part: Any) -> torch.Tensor:
@@ -165,13 +171,17 @@ def _cut(flat: torch.Tensor, fields: list[Field]) -> dict[tuple[int, str], torch
     return {(id(slot), name): p.view(shape) for (slot, name, shape), p in zip(fields, pieces, strict=True)}
 
 
-def _put(asked: Mapping[str, Slot], found: Mapping[tuple[int, str], torch.Tensor], came: list[float]) -> None:
-    for slot, on_ranks in zip(asked.values(), came, strict=True):
+def _put(
+    asked: Mapping[str, Slot],
+    found: Mapping[tuple[int, str], torch.Tensor],
+    came: Sequence[float],
+    in_float64: Sequence[float],
+) -> None:
+    for slot, on_ranks, wide in zip(asked.values(), came, in_float64, strict=True):
         if not on_ranks:
             continue
         assert isinstance(slot.want, Stats)
-        own = [part for part in map(_local, slot._parts.values()) if part.is_floating_point()]
-        dtype = own[0].dtype if own else torch.float32
+        dtype = torch.float64 if wide else torch.float32
         slot.note_arrival()  # here none may have come: it then counts as the last in backward
         parts: dict[str, Any] = {}
         for name in slot.want.parts:

@@ -25,6 +25,16 @@ def local(t: torch.Tensor) -> torch.Tensor:
     return t.to_local() if is_dtensor(t) else t  # type: ignore[attr-defined]
 
 
+def replicated(t: torch.Tensor, like: Any) -> torch.Tensor:
+    """A plain tensor that is the same on every rank, as what goes with another one: with a DTensor, one of its mesh."""
+    if is_dtensor(t) or not is_dtensor(like):
+        return t
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = like.device_mesh
+    return DTensor.from_local(t, mesh, [Replicate()] * mesh.ndim, run_check=False)
+
+
 def parts_of_shards(
     names: Sequence[str], parts: Parts, g: Any, value: torch.Tensor | None, dims: Sequence[int], shape: torch.Size
 ) -> list[torch.Tensor]:

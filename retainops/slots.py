@@ -20,7 +20,7 @@ from retainops import parcel
 from retainops.buffers import Into, share_memory
 from retainops.part import Part
 from retainops.relevance import KINDS, Relevance
-from retainops.shards import local
+from retainops.shards import is_dtensor, local
 from retainops.stats import OVER_OF_ATTENTION, STATISTICS, TAKE_VALUE, Stats, merge, parts_of, total
 from retainops.stats import Part as PartOfStats
 
@@ -294,6 +294,12 @@ class Slot:
         self.note_arrival()
         if isinstance(self.want, Into):
             with self._lock, torch.no_grad():
+                if is_dtensor(grad) != is_dtensor(self.want.buffer):
+                    one, other = ("a DTensor", "is none") if is_dtensor(grad) else ("no DTensor", "is one")
+                    raise ValueError(
+                        f"{op}: the gradient of point '{self.name}' is {one}, and its Into buffer {other}; give it "
+                        "a buffer of the same kind, such as torch.zeros_like(the point's value)"
+                    )
                 answer = self.answer(op, grad.shape, dtype, grad.device)
                 if answer.accumulate:
                     self.want.buffer.add_(grad)

@@ -157,7 +157,7 @@ def parts_of(wanted: tuple[str, ...], over: str, g: torch.Tensor, value: torch.T
         g: the gradient, any real dtype.
         value: the interior's value; needed for those of `TAKE_VALUE` alone.
     """
-    if is_dtensor(g):
+    if is_dtensor(g) and not any(name in KINDS for name in wanted):  # a relevance has a shape of its own
         dims, shape = reduced_dims(over, g.dim()), Stats("l2", over=over).shape(g.shape)
         return parts_of_shards(wanted, functools.partial(parts_of, wanted, over), g, value, dims, shape)
     wide = g.to(torch.promote_types(g.dtype, torch.float32))

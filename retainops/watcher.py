@@ -104,11 +104,19 @@ class Watcher:
 
         So a gradient that is not finite stops the run with the weights as they were. Where `step` is given a closure
         (LBFGS), which runs backward itself, the step ends after it. A `GradScaler` leaves `optimizer.step()` out when
-        it finds an inf: call `watcher.step()` yourself there.
+        it finds an inf: call `watcher.step()` yourself there. Of what accelerate prepared, it is the optimizer inside.
 
         Returns:
             The watcher itself.
+
+        Raises:
+            TypeError: `optimizer` is not one.
         """
+        inner = optimizer
+        while not hasattr(inner, "_optimizer_step_pre_hooks"):  # accelerate's has the class, and no hooks
+            if not hasattr(inner, "optimizer"):
+                raise TypeError(f"watch: attach to a {type(optimizer).__name__}; expected a torch.optim.Optimizer")
+            inner = inner.optimizer
 
         def before(_optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if not _has_closure(args, kwargs):
@@ -119,7 +127,7 @@ class Watcher:
                 self._over()
             self.begin()
 
-        self._handles += [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
+        self._handles += [inner.register_step_pre_hook(before), inner.register_step_post_hook(after)]
         return self
 
     def close(self) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import itertools
 import sys
 import traceback
 import warnings
@@ -13,12 +15,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import retainops as ro
+from retainops.testing import simulated_gpu
 from tests.small_model import Model
 from tests.test_integrations import Chain
 
 EVERY = ro.Stats("l2", "sum", "abs_sum", "amax", "mean", "nonfinite", "act_grad", "hist")
+EVERY_AND_GRAD = ro.Stats(*EVERY.names, grad=True)
 CHANNELS = ro.Stats("l2", "amax", "mean", "nonfinite", over="channels")
 BATCH, D = 8, 6
 WIDTH = 12
@@ -127,6 +132,38 @@ def case_fsdp() -> Any:
     return data_parallel(fsdp)
 
 
+def case_fsdp_of_wrappers() -> Any:
+    """By the older way, whose wrappers are modules."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model = model_of(Model)
+    for i, layer in enumerate(model.layers):
+        model.layers[i] = FullyShardedDataParallel(layer, device_id=torch.device("cpu"))
+    wrapped = FullyShardedDataParallel(model, device_id=torch.device("cpu"))
+    kept, _ = step(wrapped, wrapped, batch().chunk(dist.get_world_size())[dist.get_rank()])
+    kept.all_reduce()
+    return {"stats": kept.to_dict(), "points": str(ro.points(wrapped)["layers.0.sine.c"].where)}
+
+
+def case_pipeline() -> Any:
+    """A stage a rank; and one of those schedules that make the gradients of weights apart."""
+    from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleInterleavedZeroBubble
+
+    rank, world, found = dist.get_rank(), dist.get_world_size(), []
+    for schedule, many in ((Schedule1F1B, 1), (ScheduleInterleavedZeroBubble, 2)):
+        torch.manual_seed(3)
+        layers = Model(world * many).double().layers
+        mine = {i: layers[i] for i in range(rank, len(layers), world)}
+        stages = [PipelineStage(part, i, len(layers), torch.device("cpu")) for i, part in mine.items()]
+        run = schedule(stages if many > 1 else stages[0], 4, loss_fn=lambda y, _: y.square().sum(), scale_grads=False)
+        given, target = (batch(),) if rank == 0 else (), {"target": batch()} if rank == world - 1 else {}
+        run.step(*given, **target)  # the first one runs the stages on made-up values, too
+        with ro.retain(nn.ModuleDict({str(i): part for i, part in mine.items()}), "*", EVERY_AND_GRAD) as kept:
+            run.step(*given, **target)
+        found.append({f"layers.{name}": of for name, of in kept.to_dict().items()})
+    return found
+
+
 def case_fsdp_compiled() -> Any:
     def wrap(model: nn.Module) -> nn.Module:
         wrapped = fsdp(model)
@@ -157,6 +194,25 @@ def case_tensor_parallel_local() -> Any:
     shape = kept["hidden"].shape
     kept.all_reduce(patterns=["act.*", "hidden"])  # `out` is the same on every rank
     return {"stats": kept.to_dict(), "loss": loss, "grads": grads, "shape": shape}
+
+
+def case_kernels_after_a_row_wise_layer() -> Any:
+    """Its output is a collective's, that nobody has waited for."""
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    found = []
+    for parallel in (False, True):
+        model = model_of(MLP).float()
+        if parallel:
+            parallelize_module(model, mesh(), {"up": ColwiseParallel(), "down": RowwiseParallel()})
+        x, kept = batch().float().requires_grad_(), ro.Retained("xhat", "summed")
+        h, weight = model(x), torch.ones(D, requires_grad=True)
+        with simulated_gpu(), ro.backend("triton"):
+            y, _ = ro.add_rms_norm(h, x, weight, retain=kept)
+            y.sin().sum().backward()
+        grads = [x.grad, weight.grad, whole(model.up.weight.grad), *(slot.grad for slot in kept.values())]
+        found.append([type(h).__name__, y.detach(), *grads])
+    return found
 
 
 def case_tensor_parallel_dtensor() -> Any:
@@ -223,7 +279,17 @@ def case_dtensor_into() -> Any:
     x, buffer = (distribute_tensor(t, mesh(), [Shard(2)]) for t in (uneven(), torch.full((5, 3, 7), 9.0)))
     kept = ro.Retained(c=ro.Into(buffer))
     ro.mul_sin(x.requires_grad_(), 2.0, retain=kept).sum().backward()
-    return {"buffer": buffer.full_tensor(), "same": kept.c.grad is buffer}
+    plain = ro.Retained(c=ro.Into(torch.zeros(5, 3, 7)))
+    y = ro.mul_sin(x, 2.0, retain=plain)
+    return {"buffer": buffer.full_tensor(), "same": kept.c.grad is buffer, "plain": error_of(y.sum().backward)}
+
+
+def error_of(f: Callable[[], object]) -> str:
+    try:
+        f()
+    except Exception as caught:
+        return f"{type(caught).__name__}: {caught}"
+    return "no error"
 
 
 def case_dtensor_compiled() -> Any:
@@ -234,6 +300,81 @@ def case_dtensor_compiled() -> Any:
     f = torch.compile(lambda x, kept: ro.mul_sin(x, 2.0, retain=kept), backend="aot_eager", fullgraph=True)
     f(x, kept).sum().backward()
     return kept.to_dict()["c"]
+
+
+def losses(place: Callable[[torch.Tensor, Any], torch.Tensor], target: torch.Tensor) -> dict[Any, list[torch.Tensor]]:
+    """Cross entropies, and their gradients, of logits and weights that `place` puts somewhere by a dim of theirs."""
+    from torch.distributed.tensor.parallel import loss_parallel
+
+    drawn = torch.Generator().manual_seed(4)
+    logits, weight = torch.randn(4, 8, generator=drawn), torch.rand(8, generator=drawn)
+    found = {}
+    for dim, weighted, parallel in itertools.product((None, 0, 1), (False, True), (False, True)):
+        kept, linear = ro.Retained("logits", "p"), ro.Retained("logits")
+        x, z = (place(logits, dim).requires_grad_() for _ in "xz")
+        of_classes = weight if weighted else None
+        with loss_parallel() if parallel else contextlib.nullcontext():
+            loss = ro.cross_entropy(x, target, of_classes, label_smoothing=0.1, z_loss=0.01, retain=kept)
+            eye = place(torch.eye(8), None if dim != 1 else 0)
+            other = ro.linear_cross_entropy(z, eye, target, class_weight=of_classes, retain=linear)
+            (loss + other).backward()
+        slots = [*kept.values(), *linear.values()]
+        found[dim, weighted, parallel] = [whole(t.detach()) for t in (loss, other, x.grad, z.grad)]
+        found[dim, weighted, parallel] += [whole(slot.grad) for slot in slots]
+    return found
+
+
+TARGET = torch.tensor([1, 3, -100, 7])
+
+
+def case_cross_entropy() -> Any:
+    """Whichever dim is split, the classes among them; of targets that are the same on every rank, plain or not."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    def place(t: torch.Tensor, dim: int | None) -> torch.Tensor:
+        return distribute_tensor(t, mesh(), [Replicate() if dim is None else Shard(dim)])
+
+    return [losses(place, TARGET), losses(place, place(TARGET, None)), losses(place, place(TARGET, 0))]
+
+
+def attended(place: Callable[[torch.Tensor], torch.Tensor], want: Any, point: str, causal: bool) -> list[Any]:
+    """What is retained of two calls of attention, and the gradient of q."""
+    drawn = torch.Generator().manual_seed(5)
+    kept = ro.Retained(**{point: want})
+    q, k, v = (place(torch.randn(4, 4, 5, 8, generator=drawn)).requires_grad_() for _ in "qkv")
+    with sdpa_kernel(SDPBackend.MATH):  # PyTorch's own of a CPU takes no DTensor
+        for scale in (1.0, -2.0):
+            (whole(ro.attention(q, k, v, is_causal=causal, retain=kept).square().sum()) * scale).backward()
+    return [*(whole(t) for t in kept.to_dict()[point].values() if t is not None), whole(q.grad)]
+
+
+ATTENDED = {
+    "s": ro.Stats("l2", "sum", over="heads"),
+    "p": ro.Relevance("chefer", "legrad", "attn_grad"),
+    "o": ro.Stats("l2", grad=True),
+}
+
+
+def case_attention() -> Any:
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    found = {}
+    for p, (point, want), causal in itertools.product(
+        (Shard(0), Shard(1), Replicate()), ATTENDED.items(), (False, True)
+    ):
+        place = functools.partial(distribute_tensor, device_mesh=mesh(), placements=[p])
+        found[str(p), point, causal] = attended(place, want, point, causal)
+    return found
+
+
+def case_softmax_causal() -> Any:
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    found = []
+    for f, dim in itertools.product((ro.softmax, ro.log_softmax), range(3)):
+        x = distribute_tensor(torch.arange(50.0).view(2, 5, 5).sin(), mesh(), [Shard(dim)])
+        found.append(whole(f(x, causal=True)))
+    return found
 
 
 def gradient(kept: ro.Retained, grad: torch.Tensor) -> None:
@@ -270,11 +411,13 @@ def case_points_that_some_ranks_have_no_gradient_for() -> Any:
         channels=ro.Stats("sum", over="channels"),
         everywhere=ro.Stats("sum", "nonfinite"),
         gradient=ro.Stats("sum", grad=True),
+        in_float64=ro.Stats("l2", "amax"),
     )
     of = lambda name: ro.Retained.of({name: kept[name]})  # noqa: E731
     rank = dist.get_rank()
     if rank == 1:
         gradient(of("somewhere"), torch.tensor([1.0, -4.0]))
+        gradient(of("in_float64"), torch.tensor([1e300, 1e100], dtype=torch.float64).sqrt())
         gradient(of("channels"), torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
     gradient(of("gradient"), torch.tensor([float(rank)]))
     gradient(of("everywhere"), torch.tensor([1.0, float("inf") if rank == 1 else 0.0], dtype=torch.float32))
@@ -286,34 +429,31 @@ def case_points_that_some_ranks_have_no_gradient_for() -> Any:
 
 
 def case_what_is_refused() -> Any:
-    def error(f: Callable[[], object]) -> str:
-        try:
-            f()
-        except Exception as caught:
-            return f"{type(caught).__name__}: {caught}"
-        return "no error"
-
     rank, g = dist.get_rank(), torch.ones(2, 2 + dist.get_rank())
-    found = {"no statistics": error(lambda: ro.Retained("c").all_reduce())}
-    found["rows"] = error(lambda: ro.Retained(c=ro.Stats("l2", over="rows")).all_reduce())
-    found["others"] = error(lambda: ro.Retained(c=ro.Stats("l2" if rank else "sum")).all_reduce())
-    found["rows on one"] = error(lambda: ro.Retained(c=ro.Stats("l2", over="rows" if rank else "tensor")).all_reduce())
-    found["nothing on one"] = error(lambda: (ro.Retained(c=ro.Stats("l2")) if rank else ro.Retained("c")).all_reduce())
+    found = {"no statistics": error_of(lambda: ro.Retained("c").all_reduce())}
+    found["rows"] = error_of(lambda: ro.Retained(c=ro.Stats("l2", over="rows")).all_reduce())
+    found["others"] = error_of(lambda: ro.Retained(c=ro.Stats("l2" if rank else "sum")).all_reduce())
+    found["rows on one"] = error_of(
+        lambda: ro.Retained(c=ro.Stats("l2", over="rows" if rank else "tensor")).all_reduce()
+    )
+    found["nothing on one"] = error_of(
+        lambda: (ro.Retained(c=ro.Stats("l2")) if rank else ro.Retained("c")).all_reduce()
+    )
     channels = ro.Retained(c=ro.Stats("l2", over="channels"))
     gradient(channels, g)
-    found["channels"] = error(channels.all_reduce)
+    found["channels"] = error_of(channels.all_reduce)
     twice = ro.Retained(c=ro.Stats("l2"))
     gradient(twice, g)
     twice.all_reduce()
-    found["twice"] = error(twice.all_reduce)
+    found["twice"] = error_of(twice.all_reduce)
     if rank:
         twice.reset()
-    found["reset on one"] = error(twice.all_reduce)
+    found["reset on one"] = error_of(twice.all_reduce)
     twice.reset()
     gradient(twice, g)
-    found["after reset"] = error(twice.all_reduce)
+    found["after reset"] = error_of(twice.all_reduce)
     alone = dist.new_group([0])
-    found["not in the group"] = error(lambda: ro.watch(Chain(1.0), group=alone).close())
+    found["not in the group"] = error_of(lambda: ro.watch(Chain(1.0), group=alone).close())
     return found
 
 
@@ -334,7 +474,15 @@ def case_watch() -> Any:
             stopped = "not at all"
         except ro.NonFiniteGradient as error:
             stopped = str(error)
-    return {"steps": steps, "latest": latest, "stopped": stopped}
+    twice, order = nn.ModuleDict({"early": ro.nn.Point(), "late": ro.nn.Point()}), ""
+    with ro.watch(twice, group="world") as watcher:
+        y = twice["early"](x) * 2
+        (twice["late"](y) if rank == 0 else y).sum().mul(float("nan")).backward()
+        try:
+            watcher.step()
+        except ro.NonFiniteGradient as error:
+            order = error.point
+    return {"steps": steps, "latest": latest, "stopped": stopped, "order": order}
 
 
 def main(out: Path) -> None:

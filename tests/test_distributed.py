@@ -89,6 +89,30 @@ def test_full_gradients_are_the_ranks_own(ranks: list[dict[str, Any]]) -> None:
         torch.testing.assert_close(together / len(ranks), of["grad"])
 
 
+def test_fully_sharded_by_wrappers(ranks: list[dict[str, Any]]) -> None:
+    single = on_ranks.single(on_ranks.Model)
+    for got in results(ranks, "fsdp_of_wrappers"):
+        assert list(got["stats"]) == list(single["stats"])
+        assert_same(got["stats"], single["stats"], divide=len(ranks))
+        assert got["points"] == "MulSin in Block"
+
+
+def test_pipeline_parallel(ranks: list[dict[str, Any]]) -> None:
+    """Each rank has its stages' points, of all micro-batches; where no leaf gets a gradient, its statistics."""
+    found = results(ranks, "pipeline")
+    for which, many in enumerate((1, 2)):
+        torch.manual_seed(3)
+        layers = on_ranks.Model(len(ranks) * many).double()
+        with ro.retain(layers, "layers.*", on_ranks.EVERY_AND_GRAD) as kept:
+            for x in on_ranks.batch().chunk(4):
+                layers(x).square().sum().backward()
+        got = {name: of for rank in found for name, of in rank[which].items()}
+        assert got.keys() == kept.keys()
+        without = [name for name, of in got.items() if of["grad"] is None]
+        assert without == [name for name in got if many == 2 and not name.startswith("layers.0.")]
+        assert_same(got, kept.to_dict())
+
+
 def test_tensor_parallel_with_plain_tensors(ranks: list[dict[str, Any]]) -> None:
     single = on_ranks.single(on_ranks.MLP)
     for got in results(ranks, "tensor_parallel_local"):
@@ -96,6 +120,12 @@ def test_tensor_parallel_with_plain_tensors(ranks: list[dict[str, Any]]) -> None
         torch.testing.assert_close(got["grads"], single["grads"])
         assert got["shape"] == (on_ranks.BATCH, on_ranks.WIDTH // len(ranks))
         assert_same(got["stats"], single["stats"])
+
+
+def test_kernels_take_what_a_row_wise_layer_gives(ranks: list[dict[str, Any]]) -> None:
+    for (_, *want), (kind, *got) in results(ranks, "kernels_after_a_row_wise_layer"):
+        assert kind == "AsyncCollectiveTensor"
+        torch.testing.assert_close(got, want)
 
 
 def test_tensor_parallel_with_dtensors(ranks: list[dict[str, Any]]) -> None:
@@ -155,6 +185,9 @@ def test_into_a_buffer_that_is_a_dtensor(ranks: list[dict[str, Any]]) -> None:
     for got in results(ranks, "dtensor_into"):
         torch.testing.assert_close(got["buffer"], torch.cos(2 * on_ranks.uneven()))
         assert got["same"]
+        assert got["plain"].startswith(
+            "ValueError: mul_sin: the gradient of point 'c' is a DTensor, and its Into buffer"
+        )
 
 
 def test_dtensors_in_compiled_code(ranks: list[dict[str, Any]]) -> None:
@@ -163,6 +196,31 @@ def test_dtensors_in_compiled_code(ranks: list[dict[str, Any]]) -> None:
     for got in results(ranks, "dtensor_compiled"):
         for what in ("l2", "amax", "nonfinite", "hist"):
             torch.testing.assert_close(got[what], getattr(kept.c, what))
+
+
+def test_cross_entropy_of_dtensors(ranks: list[dict[str, Any]]) -> None:
+    want = on_ranks.losses(lambda t, _dim: t.clone(), on_ranks.TARGET)
+    for got in results(ranks, "cross_entropy"):
+        for of in got:
+            for how, tensors in of.items():
+                torch.testing.assert_close(
+                    tensors, want[how], rtol=1e-5, atol=1e-6, msg=lambda m, how=how: f"{how}: {m}"
+                )
+
+
+def test_attention_of_dtensors(ranks: list[dict[str, Any]]) -> None:
+    for got in results(ranks, "attention"):
+        assert len(got) == 18
+        for (where, point, causal), tensors in got.items():
+            want = on_ranks.attended(torch.clone, on_ranks.ATTENDED[point], point, causal)
+            torch.testing.assert_close(tensors, want, msg=lambda m, at=(where, point, causal): f"{at}: {m}")
+
+
+def test_causal_softmax_of_dtensors(ranks: list[dict[str, Any]]) -> None:
+    x = torch.arange(50.0).view(2, 5, 5).sin()
+    want = [f(x, causal=True) for f in (ro.softmax, ro.log_softmax) for _ in range(3)]
+    for got in results(ranks, "softmax_causal"):
+        torch.testing.assert_close(got, want)
 
 
 def test_nan_wins_on_whatever_rank(ranks: list[dict[str, Any]]) -> None:
@@ -184,6 +242,8 @@ def test_points_that_some_ranks_have_no_gradient_for(ranks: list[dict[str, Any]]
         assert read["channels"]["sum"].tolist() == [4.0, 6.0]
         assert read["everywhere"]["nonfinite"].item() == 1
         assert read["everywhere"]["nonfinite"].dtype == torch.int64
+        assert read["in_float64"]["amax"].item() == pytest.approx(1e150)
+        assert read["in_float64"]["l2"].dtype == torch.float64
         assert read["gradient"]["sum"].item() == sum(range(len(ranks)))
         assert got["gradient"].tolist() == [rank]
         assert got["first"] == "everywhere"
@@ -218,5 +278,7 @@ def test_watch(ranks: list[dict[str, Any]]) -> None:
         assert of["latest"] == got[0]["latest"]
         assert of["latest"] == got[0]["steps"][1]
         assert of["stopped"].startswith("watch: step 0: the gradient of 'p2' has 1 element that is inf or nan; that of")
+    # All stop. Only the first rank ran the later layer: where the others have it in the order, nobody knows.
+    assert [of["order"] for of in got] == ["late", *["early"] * (len(ranks) - 1)]
     for name, readings in got[0]["latest"][1].items():
         assert readings["l2"] / len(ranks) == pytest.approx(single[name]["l2"].item())

@@ -55,6 +55,31 @@ def samples() -> torch.Tensor:
     return Same()[0]["x"].expand(BATCH, D)
 
 
+def test_attached_to_what_accelerate_prepared() -> None:
+    """A step is the optimizer's, with the micro-batches that it accumulates."""
+    state = pytest.importorskip("accelerate.state")
+    accelerator = importlib.import_module("accelerate").Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model, (seen, sink) = Model(), collect()
+    prepared, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), 1e-3))
+    with ro.watch(prepared, every=1, to=sink).attach(optimizer) as watcher:
+        for _ in range(4):
+            with accelerator.accumulate(prepared):
+                accelerator.backward(prepared(samples()).sum())
+                optimizer.step()
+                optimizer.zero_grad()
+    state.AcceleratorState._reset_state(
+        reset_partial_state=True
+    )  # one for the process, the Trainers of other tests too
+    state.GradientState._reset_state()
+    assert watcher.number == 2
+    assert [step for step, _ in seen] == [0, 1]
+
+
+def test_attached_to_no_optimizer() -> None:
+    with pytest.raises(TypeError, match="watch: attach to a Linear; expected a torch.optim.Optimizer"):
+        ro.watch(Model()).attach(nn.Linear(2, 2))
+
+
 def huggingface(tmp_path: Path, model: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -124,7 +124,7 @@ def _same_norm(cls: Any, original: Any, size: int, state: tuple[Any, ...], forwa
             shapes, (True, False), (torch.float32, torch.bfloat16, torch.float16)
         ):
             for dtype in dict.fromkeys((torch.float32, x_dtype)):
-                module = cls.__new__(cls)
+                module = object.__new__(cls)  # a class made by `fully_shard` gives an object of another one
                 nn.Module.__init__(module)
                 weight = torch.randn(size, generator=generator).to(dtype)
                 vars(module).update(state)

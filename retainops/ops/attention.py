@@ -19,6 +19,7 @@ from retainops.ops._check_attention import Window, bounds, check, check_head_siz
 from retainops.points import reader, tap
 from retainops.registry import Op, Point, PointInfo
 from retainops.retained import Retained
+from retainops.shards import replicated
 from retainops.slots import Slot
 
 if HAS_TRITON:
@@ -217,7 +218,7 @@ def attention_reference(
             is_boolean = attn_mask.dtype == torch.bool
             s = s.masked_fill(attn_mask.logical_not(), -torch.inf) if is_boolean else (s + attn_mask).to(s.dtype)
         if is_causal or window is not None:
-            s = s.masked_fill(hidden(s, is_causal, window), -torch.inf)
+            s = s.masked_fill(replicated(hidden(s, is_causal, window), s), -torch.inf)
         s = point("s", s)
         # A row that sees no key must be gone before the softmax: nan of it would come back in backward.
         dead = (s == -torch.inf).all(-1, keepdim=True)

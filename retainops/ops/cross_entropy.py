@@ -20,6 +20,7 @@ from retainops.ops._cross_entropy import CrossEntropy, Options, reduced
 from retainops.points import unretained
 from retainops.registry import Point, PointInfo
 from retainops.retained import Retained
+from retainops.shards import is_dtensor, replicated
 
 Tensor = torch.Tensor
 
@@ -106,7 +107,12 @@ def softcapped(z: Tensor, cap: float | None) -> Tensor:
 def loss_reference(z: Tensor, target: Tensor, weight: Tensor | None, given: Options, point: Point) -> Tensor:
     """The definition, from there."""
     dtype, z = loss_dtype(z.dtype, z.device), z.to(torch.promote_types(z.dtype, torch.float32))
-    logp = torch.log_softmax(z, -1)
+    if is_dtensor(z):
+        # Not PyTorch's log_softmax: inside its `loss_parallel` that has the gradient of a whole cross entropy.
+        target, weight = replicated(target, z), None if weight is None else replicated(weight, z)
+        logp = z - torch.logsumexp(z, -1, keepdim=True)
+    else:
+        logp = torch.log_softmax(z, -1)
     if point is not unretained:
         logp = _by_way_of_p(logp, point)
     share, kept, at = shares(target, weight, given.ignore_index, z.shape[-1], z.dtype)
@@ -138,15 +144,23 @@ def shares(
     target = target.long()  # in 8 bits -100 is 156, and no class is above 255
     kept, known = target != ignore_index, (target >= 0) & (target < classes)
     at = torch.where(kept & known, target, 0)
-    weights = torch.ones((), dtype=dtype, device=target.device) if weight is None else weight.to(dtype)
-    share = torch.where(known, pick(weights.expand((*target.shape, classes)), at), float("nan"))
+    if weight is None:
+        own = torch.ones_like(target, dtype=dtype)
+    else:
+        own = pick(weight.to(dtype).expand((*target.shape, classes)), at)
+    share = torch.where(known, own, float("nan"))
     return torch.where(kept, share, 0), kept, at
 
 
 def pick(x: Tensor, at: Tensor) -> Tensor:
     """One element of each row."""
     # To find an op's dtypes its definition is run on tensors of no elements: no class to pick.
-    return x.gather(-1, at.unsqueeze(-1)).squeeze(-1) if x.shape[-1] else x.sum(-1)
+    if not x.shape[-1]:
+        return x.sum(-1)
+    if is_dtensor(x):  # PyTorch's gather fails where the classes are split
+        classes = replicated(torch.arange(x.shape[-1], device=x.device), x)
+        return torch.where(classes == at.unsqueeze(-1), x, 0).sum(-1)
+    return x.gather(-1, at.unsqueeze(-1)).squeeze(-1)
 
 
 def _by_way_of_p(logp: Tensor, point: Point) -> Tensor:

@@ -14,6 +14,7 @@ from retainops.ops._check import refuses_dtypes, refuses_rows
 from retainops.ops._softmax import Softmax, check
 from retainops.registry import Op, PointInfo
 from retainops.retained import Retained
+from retainops.shards import replicated
 from retainops.slots import Slot
 
 Tensor = torch.Tensor
@@ -109,7 +110,7 @@ def _scaled(x: Any, scale: Any, mask: Any, causal: bool, hidden: float = -torch.
         scaled = scaled.masked_fill(mask.logical_not(), hidden) if mask.dtype == torch.bool else scaled + mask
     if causal:
         later = torch.ones(x.shape[-2:], dtype=torch.bool, device=x.device).triu(1)
-        scaled = scaled.masked_fill(later, hidden)
+        scaled = scaled.masked_fill(replicated(later, scaled), hidden)
     return scaled
 
 

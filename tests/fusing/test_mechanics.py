@@ -571,6 +571,36 @@ def test_sharded(order: str, block: Block, x: torch.Tensor) -> None:
         dist.destroy_process_group()
 
 
+class SizedRMSNorm(nn.Module):
+    """Of a size that there is no default for, as those of transformers."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight, self.variance_epsilon = nn.Parameter(torch.ones(size)), 1e-6
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        wide = hidden_states.to(torch.float32)
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return self.weight * wide.to(hidden_states.dtype)
+
+
+def test_a_norm_that_is_sharded_by_itself(x: torch.Tensor) -> None:
+    """The class that fully_shard makes gives another class's object by its `__new__`."""
+    norm = SizedRMSNorm(8)
+    theirs = norm(x).detach()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        fully_shard(norm, mesh=dist.init_device_mesh("cpu", (1,)))
+        assert [row.op for row in ro.fuse(norm)] == ["rms_norm"]
+        with ro.retain(norm, "xhat") as kept:
+            ours = norm(x.requires_grad_())
+            ours.sum().backward()
+        torch.testing.assert_close(ours, theirs)
+        torch.testing.assert_close(kept.xhat.grad, torch.ones_like(x))
+    finally:
+        dist.destroy_process_group()
+
+
 def test_compiled_models(block: Block, x: torch.Tensor) -> None:
     """Compiled before or after: what runs is what the modules are."""
     theirs = run(block, x)
