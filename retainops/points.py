@@ -15,27 +15,31 @@ from retainops.relevance import Relevance
 from retainops.retained import Retained
 from retainops.slots import Slot
 from retainops.stats import TAKE_VALUE, Stats, parts_of
+from retainops.untraced import untraced
 
 
 class Tap(torch.autograd.Function):
     """The identity; its backward also hands the gradient to a slot, by its leaf or a view of that."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, view: torch.Tensor, leaf: torch.Tensor, slot: Slot, op: str) -> torch.Tensor:
-        ctx.slot, ctx.leaf, ctx.op = slot, leaf, op
+    def forward(ctx: Any, x: torch.Tensor, view: torch.Tensor, to: tuple[Slot, torch.Tensor], op: str) -> torch.Tensor:
+        # The leaf is in a tuple, so that autograd sees it once: a gradient of None at a second place compiled autograd
+        # would add to the one at the first.
+        (ctx.slot, ctx.leaf), ctx.op = to, op
         ctx.set_materialize_grads(False)
-        if slot.takes_value:
+        if ctx.slot.takes_value:
             ctx.save_for_backward(x)
         # Not a view, which PyTorch would not let be changed in place: a point may be an op's output.
         return x.view_as(x) if op == "point" else x.detach()
 
     @staticmethod
+    @untraced
     def backward(ctx: Any, grad: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         if grad is None:  # no gradient arrives: none leaves, as without the tap
-            return None, None, None, None, None
+            return None, None, None, None
         saved = ctx.saved_tensors  # once: a checkpoint refuses to unpack a second time
         value = saved[0] if saved else None
-        return grad, ctx.slot.deposit(ctx.op, grad, value, ctx.leaf), None, None, None
+        return grad, ctx.slot.deposit(ctx.op, grad, value, ctx.leaf), None, None
 
     @staticmethod
     def jvp(ctx: Any, x_t: torch.Tensor, *_: Any) -> torch.Tensor:
@@ -100,7 +104,7 @@ def tap(
         if torch._C._functorch.peek_interpreter_stack() is not None:
             raise in_transform(op)
         leaf = slot.bind(op, value.shape, value.dtype, value.device)
-    return Tap.apply(value, leaf if view is None else view, leaf, slot, op)
+    return Tap.apply(value, leaf if view is None else view, (slot, leaf), op)
 
 
 def unretained(name: str, value: torch.Tensor) -> torch.Tensor:
