@@ -90,6 +90,7 @@ def tap(
             f"{op}: point '{slot.name}' is a nested tensor, and a slot holds a gradient of one shape; call it with "
             "the values, x.values(), or leave out retain="
         )
+    check_not_recorded(op, slot.name)
     if torch.compiler.is_compiling():
         over = "tensor"
         part: Places = ()
@@ -170,6 +171,17 @@ def no_grad(op: str, name: str, of: str = "") -> RuntimeError:
         f"that {name} depends on{of and f' ({of})'} requires grad, or grad mode is off; call requires_grad_() on an "
         "input of it, or leave out retain="
     )
+
+
+def check_not_recorded(op: str, name: str) -> None:
+    """Raise where a call is recorded as a program, which has no slots: it would answer nothing."""
+    exports = torch.compiler.is_exporting()
+    if exports or (not torch.compiler.is_compiling() and torch.jit.is_tracing()):
+        raise RuntimeError(
+            f"{op}: point '{name}' was asked for while {'torch.export' if exports else 'torch.jit'} records this call, "
+            "and the program that it makes answers no request; leave out retain=, or leave the `with` of ro.retain "
+            "first (inside torch.compile a request is answered)"
+        )
 
 
 def in_transform(op: str) -> RuntimeError:
