@@ -21,7 +21,7 @@ from torch.autograd import forward_ad
 
 from retainops.buffers import Into, check_apart, share_memory
 from retainops.names import near
-from retainops.points import check_not_recorded, in_transform, no_grad, reader
+from retainops.points import check_no_transform, check_not_recorded, no_grad, reader
 from retainops.registry import Op, find
 from retainops.retained import Retained
 from retainops.slots import Slot, is_of_attention
@@ -202,10 +202,9 @@ def requested(op: Op, inputs: tuple[Any, ...], retain: Retained) -> Mapping[str,
                     "for the gradient, or for Stats over the tensor, rows or channels"
                 )
     check_not_recorded(op.name, next(iter(retain)))
+    check_no_transform(op.name)
     if torch.compiler.is_compiling():
         return retain  # what is left to check is nothing Dynamo can trace; taps check what they can
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        raise in_transform(op.name)
     tensors = [x for x in inputs if isinstance(x, torch.Tensor)]
     # Inference mode makes no graph either, whatever grad mode says inside it.
     records = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()

@@ -91,6 +91,8 @@ def tap(
             "the values, x.values(), or leave out retain="
         )
     check_not_recorded(op, slot.name)
+    if leaf is None:
+        check_no_transform(op)
     if torch.compiler.is_compiling():
         over = "tensor"
         part: Places = ()
@@ -102,8 +104,6 @@ def tap(
         # No name of the point: a graph with one is for one layer of a model alone.
         return CompiledTap.apply(value, slot.carrier, op, slot.parts, over, part)
     if leaf is None:
-        if torch._C._functorch.peek_interpreter_stack() is not None:
-            raise in_transform(op)
         leaf = slot.bind(op, value.shape, value.dtype, value.device)
     return Tap.apply(value, leaf if view is None else view, (slot, leaf), op)
 
@@ -184,12 +184,14 @@ def check_not_recorded(op: str, name: str) -> None:
         )
 
 
-def in_transform(op: str) -> RuntimeError:
-    """The error for a request inside a torch.func transform."""
-    return RuntimeError(
-        f"{op}: retain= inside a torch.func transform: a leaf made outside it gets no gradient there (nor does "
-        "retain_grad() work); use torch.autograd, or write the interior as an input of the function"
-    )
+def check_no_transform(op: str) -> None:
+    """Raise where a point is asked for inside a torch.func transform."""
+    # Dynamo, which traces this, takes what comes back for an object, None too; it knows the type.
+    if not isinstance(torch._C._functorch.peek_interpreter_stack(), type(None)):
+        raise RuntimeError(
+            f"{op}: retain= inside a torch.func transform: a leaf made outside it gets no gradient there (nor does "
+            "retain_grad() work); use torch.autograd, or write the interior as an input of the function"
+        )
 
 
 class PointTable(Mapping[str, PointInfo]):
