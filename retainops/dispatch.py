@@ -21,7 +21,7 @@ from torch.autograd import forward_ad
 
 from retainops.buffers import Into, check_apart, share_memory
 from retainops.names import near
-from retainops.points import in_transform, no_grad, reader
+from retainops.points import check_no_transform, check_not_recorded, no_grad, reader
 from retainops.registry import Op, find
 from retainops.retained import Retained
 from retainops.slots import Slot, is_of_attention
@@ -199,7 +199,7 @@ def requested(op: Op, inputs: tuple[Any, ...], retain: Retained) -> Mapping[str,
     Raises:
         TypeError: `retain` is not a `Retained`.
         KeyError: it names a point that the op does not have.
-        RuntimeError: no gradient will reach the points, or none could be kept (torch.func, torch.compile).
+        RuntimeError: no gradient will reach the points, or none could be kept (torch.func, torch.export).
         ValueError: an `Into` buffer shares memory with an input, or what is wanted is for points of attention.
     """
     if not isinstance(retain, Retained):
@@ -222,10 +222,10 @@ def requested(op: Op, inputs: tuple[Any, ...], retain: Retained) -> Mapping[str,
                     f"{op.name}: point '{slot.name}' was asked for {want}, which is for points of attention; ask "
                     "for the gradient, or for Stats over the tensor, rows or channels"
                 )
+    check_not_recorded(op.name, next(iter(retain)))
+    check_no_transform(op.name)
     if torch.compiler.is_compiling():
         return retain  # what is left to check is nothing Dynamo can trace; taps check what they can
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        raise in_transform(op.name)
     tensors = [x for x in inputs if isinstance(x, torch.Tensor)]
     # Inference mode makes no graph either, whatever grad mode says inside it.
     records = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()

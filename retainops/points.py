@@ -15,27 +15,31 @@ from retainops.relevance import Relevance
 from retainops.retained import Retained
 from retainops.slots import Slot
 from retainops.stats import TAKE_VALUE, Stats, parts_of
+from retainops.untraced import untraced
 
 
 class Tap(torch.autograd.Function):
     """The identity; its backward also hands the gradient to a slot, by its leaf or a view of that."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, view: torch.Tensor, leaf: torch.Tensor, slot: Slot, op: str) -> torch.Tensor:
-        ctx.slot, ctx.leaf, ctx.op = slot, leaf, op
+    def forward(ctx: Any, x: torch.Tensor, view: torch.Tensor, to: tuple[Slot, torch.Tensor], op: str) -> torch.Tensor:
+        # The leaf is in a tuple, so that autograd sees it once: a gradient of None at a second place compiled autograd
+        # would add to the one at the first.
+        (ctx.slot, ctx.leaf), ctx.op = to, op
         ctx.set_materialize_grads(False)
-        if slot.takes_value:
+        if ctx.slot.takes_value:
             ctx.save_for_backward(x)
         # Not a view, which PyTorch would not let be changed in place: a point may be an op's output.
         return x.view_as(x) if op == "point" else x.detach()
 
     @staticmethod
+    @untraced
     def backward(ctx: Any, grad: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         if grad is None:  # no gradient arrives: none leaves, as without the tap
-            return None, None, None, None, None
+            return None, None, None, None
         saved = ctx.saved_tensors  # once: a checkpoint refuses to unpack a second time
         value = saved[0] if saved else None
-        return grad, ctx.slot.deposit(ctx.op, grad, value, ctx.leaf), None, None, None
+        return grad, ctx.slot.deposit(ctx.op, grad, value, ctx.leaf), None, None
 
     @staticmethod
     def jvp(ctx: Any, x_t: torch.Tensor, *_: Any) -> torch.Tensor:
@@ -86,6 +90,9 @@ def tap(
             f"{op}: point '{slot.name}' is a nested tensor, and a slot holds a gradient of one shape; call it with "
             "the values, x.values(), or leave out retain="
         )
+    check_not_recorded(op, slot.name)
+    if leaf is None:
+        check_no_transform(op)
     if torch.compiler.is_compiling():
         over = "tensor"
         part: Places = ()
@@ -97,10 +104,8 @@ def tap(
         # No name of the point: a graph with one is for one layer of a model alone.
         return CompiledTap.apply(value, slot.carrier, op, slot.parts, over, part)
     if leaf is None:
-        if torch._C._functorch.peek_interpreter_stack() is not None:
-            raise in_transform(op)
         leaf = slot.bind(op, value.shape, value.dtype, value.device)
-    return Tap.apply(value, leaf if view is None else view, leaf, slot, op)
+    return Tap.apply(value, leaf if view is None else view, (slot, leaf), op)
 
 
 def unretained(name: str, value: torch.Tensor) -> torch.Tensor:
@@ -168,12 +173,25 @@ def no_grad(op: str, name: str, of: str = "") -> RuntimeError:
     )
 
 
-def in_transform(op: str) -> RuntimeError:
-    """The error for a request inside a torch.func transform."""
-    return RuntimeError(
-        f"{op}: retain= inside a torch.func transform: a leaf made outside it gets no gradient there (nor does "
-        "retain_grad() work); use torch.autograd, or write the interior as an input of the function"
-    )
+def check_not_recorded(op: str, name: str) -> None:
+    """Raise where a call is recorded as a program, which has no slots: it would answer nothing."""
+    exports = torch.compiler.is_exporting()
+    if exports or (not torch.compiler.is_compiling() and torch.jit.is_tracing()):
+        raise RuntimeError(
+            f"{op}: point '{name}' was asked for while {'torch.export' if exports else 'torch.jit'} records this call, "
+            "and the program that it makes answers no request; leave out retain=, or leave the `with` of ro.retain "
+            "first (inside torch.compile a request is answered)"
+        )
+
+
+def check_no_transform(op: str) -> None:
+    """Raise where a point is asked for inside a torch.func transform."""
+    # Dynamo, which traces this, takes what comes back for an object, None too; it knows the type.
+    if not isinstance(torch._C._functorch.peek_interpreter_stack(), type(None)):
+        raise RuntimeError(
+            f"{op}: retain= inside a torch.func transform: a leaf made outside it gets no gradient there (nor does "
+            "retain_grad() work); use torch.autograd, or write the interior as an input of the function"
+        )
 
 
 class PointTable(Mapping[str, PointInfo]):

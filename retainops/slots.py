@@ -12,7 +12,7 @@ import itertools
 import threading
 import weakref
 from collections.abc import Callable, Mapping, MutableMapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 
@@ -330,6 +330,8 @@ class Slot:
         if isinstance(self.want, Into):
             self.deposit("torch.compile", dense, None)
         else:
+            if torch.is_grad_enabled():  # create_graph
+                dense = NoSecond.apply(dense, torch.empty((), device=dense.device, requires_grad=True), self.name)
             with self._lock:
                 leaf.grad = self._own(dense.contiguous()) if leaf.grad is None else leaf.grad + dense
 
@@ -381,6 +383,25 @@ class Slot:
         dtype = "" if self.dtype is None else str(self.dtype).removeprefix("torch.")
         state = "grad" if self.want is None else repr(self.want)
         return self.name, shape, dtype, state if filled else f"no {state} yet"
+
+
+class NoSecond(torch.autograd.Function):
+    """A gradient out of a compiled graph under create_graph: what is made of it fails in backward, not to lose a part.
+
+    PyTorch does the same for the gradients of such a graph's inputs.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, dense: torch.Tensor, _: torch.Tensor, name: str) -> torch.Tensor:
+        ctx.name = name
+        return dense.view_as(dense)
+
+    @staticmethod
+    def backward(ctx: Any, _: torch.Tensor) -> NoReturn:
+        raise RuntimeError(
+            f"torch.compile: the gradient of point '{ctx.name}' was made in a compiled graph, which has no second "
+            "derivative; ask for it in eager, or detach() it"
+        )
 
 
 @functools.cache

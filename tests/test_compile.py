@@ -314,6 +314,27 @@ def test_no_gradient_reaches_the_point() -> None:
     counters.clear()
 
 
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
+def test_a_second_derivative_is_an_error() -> None:
+    (a, b), kept = pair(3, 4), request()
+    compiled()(a, b, kept).sum().backward(create_graph=True)
+    torch.testing.assert_close(kept.c.grad.detach(), torch.cos(a * b).detach())
+    with pytest.raises(RuntimeError, match="point 'c' was made in a compiled graph, which has no second derivative"):
+        (a.sin().sum() + kept.c.grad.square().sum()).backward()  # where the second term would be lost
+
+
+@pytest.mark.parametrize("f", [ro.mul_sin, lambda a, b, retain: torch.sin(ro.point(a * b, "c", retain=retain))])
+def test_a_request_in_a_torch_func_transform_is_an_error_as_in_eager(f: Callable[..., torch.Tensor]) -> None:
+    a, b = pair(3, 4)
+
+    def grad(a: torch.Tensor, b: torch.Tensor, kept: ro.Retained | None) -> torch.Tensor:
+        return torch.func.grad(lambda a: f(a, b, retain=kept).sum())(a)
+
+    with pytest.raises(RuntimeError, match="retain= inside a torch.func transform"):
+        torch.compile(grad, backend="aot_eager")(a, b, request())
+    torch.testing.assert_close(torch.compile(grad, backend="aot_eager")(a, b, None), torch.cos(a * b) * b)
+
+
 def test_unknown_point_of_an_op() -> None:
     with pytest.raises(Exception, match="unknown point 'd'"):
         compiled(lambda a, b, kept: ro.mul_sin(a, b, retain=kept))(*pair(3, 4), ro.Retained("d"))

@@ -273,6 +273,20 @@ def test_a_model_with_points_can_be_traced_and_exported() -> None:
     assert torch.equal(torch.export.export(model, (x,)).module()(x), model(x))
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("what", ["layers.0.act", "layers.0.sine.c"])
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_program_that_would_answer_no_request(what: str, strict: bool) -> None:
+    model, x = make()
+    with ro.retain(model, what):
+        with pytest.raises(Exception, match=r"while torch\.export records this call.*leave the `with` of ro\.retain"):
+            torch.export.export(model, (x,), strict=strict)
+        with pytest.raises(RuntimeError, match=r"while torch\.jit records this call"):
+            torch.jit.trace(model, (x,))
+        model(x)
+
+
 # What there is
 
 

@@ -17,6 +17,7 @@ FLOORS = [
     "kernels",
     "_version",
     "names",
+    "untraced",
     "relevance",
     "part",
     "shards",

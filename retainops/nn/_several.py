@@ -14,6 +14,7 @@ from retainops.registry import Op
 from retainops.retained import Retained
 from retainops.slots import Slot
 from retainops.stats import Part, Stats
+from retainops.untraced import untraced
 
 
 def call_with_several(op: Op, inputs: tuple[Any, ...], requests: Sequence[Retained]) -> torch.Tensor:
@@ -86,6 +87,7 @@ class Join(torch.autograd.Function):
         return torch.zeros((), dtype=first.dtype, device=first.device).expand(first.shape)
 
     @staticmethod
+    @untraced
     def backward(ctx: Any, grad: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         if grad is None:
             return (None,) * (2 + len(ctx.slots))

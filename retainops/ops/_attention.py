@@ -20,6 +20,7 @@ from retainops.registry import Op
 from retainops.relevance import Relevance
 from retainops.slots import Slot
 from retainops.stats import Stats
+from retainops.untraced import untraced
 
 Tensor = torch.Tensor
 LSE = {
@@ -84,6 +85,7 @@ class Ear(torch.autograd.Function):
         return o.view_as(o)
 
     @staticmethod
+    @untraced
     def backward(ctx: Any, do: Tensor | None) -> tuple[Tensor | None, ...]:
         *tensors, o, lse = ctx.saved_tensors
         none, needs = (None,) * 4, ctx.needs_input_grad

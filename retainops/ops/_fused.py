@@ -14,6 +14,7 @@ from retainops.ops._saved import Unread, restored, saved
 from retainops.points import reader
 from retainops.registry import Op
 from retainops.slots import Slot
+from retainops.untraced import untraced
 
 if HAS_TRITON:
     from retainops.ops import _replay
@@ -69,6 +70,7 @@ class Fused(torch.autograd.Function):
         return outputs if len(outputs) > 1 else outputs[0]
 
     @staticmethod
+    @untraced
     def backward(ctx: Any, *dys: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         op, inputs, none = ctx.op, restored(ctx), (None,) * 4
         needs = ctx.needs_input_grad[len(none) :]
