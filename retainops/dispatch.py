@@ -24,7 +24,8 @@ from retainops.names import near
 from retainops.points import check_no_transform, check_not_recorded, no_grad, reader
 from retainops.registry import Op, find
 from retainops.retained import Retained
-from retainops.slots import Slot, is_of_attention
+from retainops.slots import Slot
+from retainops.wants import is_of_attention
 
 BACKENDS = ("auto", "triton", "reference")
 HAS_TRITON = importlib.util.find_spec("triton") is not None

@@ -22,7 +22,8 @@ from retainops.points import PointTable
 from retainops.points import points as points_of_op
 from retainops.registry import Op, PointInfo
 from retainops.retained import Retained, aligned
-from retainops.slots import Slot, Want, is_of_attention
+from retainops.slots import Slot
+from retainops.wants import Want, is_of_attention
 
 # Wrappers are no part of the model: torch.compile's, a checkpoint's and a shard's. The names are those without them.
 WRAPPED = ("", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")

@@ -9,8 +9,8 @@ from retainops.buffers import Into
 from retainops.names import listed, near
 from retainops.part import Part
 from retainops.relevance import Relevance
-from retainops.slots import Want
 from retainops.stats import Stats
+from retainops.wants import Want
 
 Patterns = str | Sequence[str] | Callable[[str], bool] | Mapping[str, Want]
 Matcher = tuple[str, Callable[[str], bool], Want]

@@ -11,42 +11,19 @@ import functools
 import itertools
 import threading
 import weakref
-from collections.abc import Callable, Mapping, MutableMapping
-from typing import Any, NamedTuple, NoReturn
+from collections.abc import Mapping, MutableMapping
+from typing import Any, NamedTuple
 
 import torch
 
-from retainops import parcel
-from retainops.buffers import Into, share_memory
+from retainops.buffers import Into
+from retainops.delivery import Addressee
 from retainops.part import Part
 from retainops.relevance import KINDS, Relevance
-from retainops.shards import is_dtensor, local
-from retainops.stats import OVER_OF_ATTENTION, STATISTICS, TAKE_VALUE, Stats, merge, parts_of, total
+from retainops.shards import is_dtensor
+from retainops.stats import STATISTICS, TAKE_VALUE, Stats, merge, parts_of, total
 from retainops.stats import Part as PartOfStats
-
-Want = Into | Stats | Part | Relevance | None
-"""In what form a point's gradient is wanted; None: as it is."""
-
-
-def is_of_attention(want: Want) -> bool:
-    """Whether no point but one of attention can be wanted in this form."""
-    return isinstance(want, (Part, Relevance)) or getattr(want, "over", "") in OVER_OF_ATTENTION
-
-
-class Answer(NamedTuple):
-    """What one backward call is to do for a slot.
-
-    Attributes:
-        tensor: where the gradient goes; None if only statistics are wanted.
-        accumulate: add to what is there.
-        returned: what backward returns to autograd for the slot.
-        stats: statistics to take and hand to `Slot.merge`.
-    """
-
-    tensor: torch.Tensor | None
-    accumulate: bool
-    returned: torch.Tensor | None
-    stats: Stats | None
+from retainops.wants import Answer, Want
 
 
 class Arrival(NamedTuple):
@@ -62,11 +39,9 @@ class Arrival(NamedTuple):
 
 
 _arrivals = itertools.count()
-_owners: weakref.WeakValueDictionary[int, Slot] = weakref.WeakValueDictionary()
-"""By the address of a gradient out of a graph, the slot that took it last."""
 
 
-class Slot:
+class Slot(Addressee):
     """One point that was asked for, and its gradient or its statistics once `backward()` has run.
 
     Attributes:
@@ -94,13 +69,8 @@ class Slot:
     def _connect(self) -> None:
         # Leaves of other shapes since `reset()`, which statistics may come to as well; a graph holds each of them.
         self._others: MutableMapping[int, torch.Tensor] | None = None
-        self._address: int | None = None  # of a gradient out of a graph
         self._lock = threading.RLock()  # threads may use one slot at once; backward calls come from several anyway
         self._new_carrier()
-
-    def _new_carrier(self) -> None:
-        self.carrier = parcel.carrier()
-        self.carrier.register_post_accumulate_grad_hook(functools.partial(_outside_graphs(), weakref.ref(self)))
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles take the gradient along, and get a lock and a carrier of their own."""
@@ -316,41 +286,6 @@ class Slot:
             return grad.to(dtype) if self.want.grad else None
         return grad.to(dtype)
 
-    def _deposit_from_graph(self, parts: dict[str, torch.Tensor]) -> None:
-        """Take what a compiled graph answered."""
-        self.note_arrival(compiled=True)
-        dense = parts.pop("dense", None)
-        # The full gradient's shape is checked before anything is taken.
-        with self._lock:  # not by `bind`: a Part is one already
-            leaf = None if dense is None else self._bind("torch.compile", dense.shape, dense.dtype, dense.device)
-        if parts:
-            self.merge(parts)
-        if dense is None or leaf is None:
-            return
-        if isinstance(self.want, Into):
-            self.deposit("torch.compile", dense, None)
-        else:
-            if torch.is_grad_enabled():  # create_graph
-                dense = NoSecond.apply(dense, torch.empty((), device=dense.device, requires_grad=True), self.name)
-            with self._lock:
-                leaf.grad = self._own(dense.contiguous()) if leaf.grad is None else leaf.grad + dense
-
-    def _own(self, dense: torch.Tensor) -> torch.Tensor:
-        """A gradient out of a graph in memory that no other slot holds: what is equal Inductor stores once for all."""
-        owner = _owners.get(local(dense).data_ptr())
-        held = None if owner is None or owner is self else owner.grad
-        if held is not None and share_memory(held, dense):
-            dense = dense.clone()
-        self._disown()
-        self._address = local(dense).data_ptr()
-        _owners[self._address] = self
-        return dense
-
-    def _disown(self) -> None:
-        if self._address is not None and _owners.get(self._address) is self:
-            del _owners[self._address]
-        self._address = None
-
     def _readings(self) -> dict[str, torch.Tensor | None]:
         names = self.want.names if isinstance(self.want, (Stats, Relevance)) else ()
         return {"grad": self.grad, **{name: getattr(self, name) for name in names}}
@@ -385,40 +320,8 @@ class Slot:
         return self.name, shape, dtype, state if filled else f"no {state} yet"
 
 
-class NoSecond(torch.autograd.Function):
-    """A gradient out of a compiled graph under create_graph: what is made of it fails in backward, not to lose a part.
-
-    PyTorch does the same for the gradients of such a graph's inputs.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, dense: torch.Tensor, _: torch.Tensor, name: str) -> torch.Tensor:
-        ctx.name = name
-        return dense.view_as(dense)
-
-    @staticmethod
-    def backward(ctx: Any, _: torch.Tensor) -> NoReturn:
-        raise RuntimeError(
-            f"torch.compile: the gradient of point '{ctx.name}' was made in a compiled graph, which has no second "
-            "derivative; ask for it in eager, or detach() it"
-        )
-
-
 @functools.cache
 def _zero(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """What all slots of a dtype are expansions of: making one costs a kernel's launch."""
     with torch.inference_mode(False):
         return torch.zeros((), dtype=dtype, device=device)
-
-
-@functools.cache
-def _outside_graphs() -> Callable[[weakref.ref[Slot], torch.Tensor], None]:
-    return torch.compiler.disable(_unpack)  # at the first slot: it loads torch._dynamo
-
-
-def _unpack(slot: weakref.ref[Slot], leaf: torch.Tensor) -> None:
-    """After a backward: move what arrived at the carrier into the slot, outside any graph."""
-    holder, parts = slot(), leaf.grad
-    if holder is not None and holder.carrier is leaf and isinstance(parts, parcel.Parcel):
-        leaf.grad = None
-        holder._deposit_from_graph(parts.parts())

@@ -16,8 +16,8 @@ from retainops.nonfinite import NonFiniteGradient, first_nonfinite
 from retainops.patterns import Patterns
 from retainops.readings import Readings, read
 from retainops.retained import Retained, in_backward_order
-from retainops.slots import Want
 from retainops.stats import Stats
+from retainops.wants import Want
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

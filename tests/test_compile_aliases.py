@@ -11,7 +11,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import retainops as ro
-from retainops import slots
+from retainops import delivery
 from tests.conftest import GPU, random_leaves
 from tests.oracle import assert_near
 
@@ -156,14 +156,14 @@ def test_slots_of_equal_gradients_have_memory_of_their_own(backend: str) -> None
 
 def test_what_is_remembered_of_memory_is_forgotten() -> None:
     f = torch.compile(lambda a, kept: ro.point(a * 2, "c", retain=kept).sin(), fullgraph=True, backend="aot_eager")
-    before, kept, grads = len(slots._owners), ro.Retained("c"), []
+    before, kept, grads = len(delivery._owners), ro.Retained("c"), []
     for _ in range(5):
         kept.reset()
         f(random_leaves(DEVICE)(3), kept).sum().backward()
         grads.append(kept.c.grad)  # alive, so that the next one is elsewhere
-    assert len(slots._owners) <= before + 1
+    assert len(delivery._owners) <= before + 1
     del kept
-    assert len(slots._owners) <= before
+    assert len(delivery._owners) <= before
 
 
 def test_a_compiled_graph_of_an_earlier_step_adds_nothing_to_this_one() -> None:

@@ -24,6 +24,8 @@ FLOORS = [
     "stats",
     "parcel",
     "buffers",
+    "wants",
+    "delivery",
     "slots",
     "ranks",
     "retained",

@@ -19,8 +19,9 @@ from retainops.ops.cross_entropy import loss_dtype, shares
 from retainops.points import no_grad, reader
 from retainops.registry import Op
 from retainops.retained import Retained
-from retainops.slots import Answer, Slot
+from retainops.slots import Slot
 from retainops.stats import Stats, parts_of
+from retainops.wants import Answer
 
 Tensor = torch.Tensor
 

@@ -13,8 +13,9 @@ from retainops.ops._blocks import Layer
 from retainops.ops._cross_entropy import Loss, Options, Rows, reduced, row_gradient
 from retainops.ops._plan import Plan
 from retainops.registry import Op
-from retainops.slots import Answer, Slot
+from retainops.slots import Slot
 from retainops.stats import MERGE, Part, count, parts_of, total
+from retainops.wants import Answer
 
 Tensor = torch.Tensor
 
