@@ -179,6 +179,12 @@ def sees(case: Case, n: int, m: int, device: torch.device) -> Tensor:
     return torch.tensor(rows, dtype=torch.bool, device=device).reshape(n, m)
 
 
+def drawn(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
+    """A leaf of normal numbers."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+
+
 def loss_of(o: Tensor, seed: int = 5) -> Tensor:
     """A random projection: no gradient of it is near zero for a reason of its own."""
     generator = torch.Generator().manual_seed(seed)

@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -111,3 +112,33 @@ def random_leaves(device: str) -> Callable[..., torch.Tensor]:
         return x.to(device, dtype).requires_grad_(requires_grad)
 
     return rand
+
+
+@pytest.fixture
+def model_x(path: Path) -> tuple[torch.nn.Module, torch.Tensor]:
+    """A small model with points, and its input, where the path runs."""
+    from tests.small_model import make  # which imports this
+
+    return make(path.device)
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """Nothing compiled yet, and no warnings: what the compiler says of the machine is not ours."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from torch._dynamo.utils import counters
+
+        torch._dynamo.reset()
+        counters.clear()
+        yield
+        torch._dynamo.reset()
+
+
+@pytest.fixture
+def whole_graphs(fresh_compiler: None) -> Iterator[None]:
+    """The same, for tests in which no graph may break."""
+    from torch._dynamo.utils import counters
+
+    yield
+    assert not counters["graph_break"], "a graph break"

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import retainops as ro
+from retainops.readings import Readings
 from tests.conftest import random_leaves
 from tests.oracle import assert_near
 
@@ -77,3 +78,20 @@ def requests_in(model: nn.Module) -> list[str]:
 def steps_of_two_sizes(call: Callable, x: torch.Tensor) -> None:
     for part in (x, x[:3]):
         call(part).sum().backward()
+
+
+Steps = list[tuple[int, Readings]]
+
+
+def collect() -> tuple[Steps, Callable[[int, Readings], None]]:
+    """A sink of a watcher, and what comes to it."""
+    steps: Steps = []
+    return steps, lambda step, readings: steps.append((step, readings))
+
+
+def train(model: nn.Module, x: torch.Tensor, watcher: ro.Watcher, steps: int, scale: float = 1.0) -> None:
+    """Steps of a loop that is watched."""
+    for _ in range(steps):
+        (model(x).sum() * scale).backward()
+        model.zero_grad()
+        watcher.step()

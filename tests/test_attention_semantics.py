@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,16 +12,11 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import retainops as ro
-from tests.attention_cases import CASES, Case, eager, loss_of, run_eager, truth
+from tests.attention_cases import CASES, Case, drawn, eager, loss_of, run_eager, truth
 
 Tensor = torch.Tensor
 CAUSAL = CASES["causal"]
 SMALL = Case((1, 2, 4, 3), (1, 2, 4, 3), (1, 2, 4, 3))
-
-
-def drawn(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
 
 
 @pytest.mark.parametrize(
@@ -141,136 +135,6 @@ def test_chosen_keys_of_p_take_no_pass_over_whole_rows(monkeypatch: pytest.Monke
         loss_of(ro.attention(q, k, v, is_causal=True, retain=kept)).backward()
         torch.testing.assert_close(kept[name].grad, true[name]["grad"][..., [3, 0]].float(), atol=1e-5, rtol=1e-5)
         assert len(passes) == count
-
-
-def test_a_buffer_of_five_dims(path: Any) -> None:
-    q, k, v = (drawn(2, 3, 2, 5, 4, seed=i).detach().to(path.device).requires_grad_() for i in range(3))
-    buffer = torch.ones(3, 2, 2, 5, 5, dtype=torch.float64, device=path.device).transpose(0, 1)
-    kept = ro.Retained(p=ro.Into(buffer, accumulate=True), s=ro.Stats("sum", over="keys"))
-    loss_of(ro.attention(q, k, v, retain=kept)).backward()
-    points = eager(SMALL, q, k, v, None)
-    loss_of(points["o"]).backward()
-    torch.testing.assert_close(buffer, points["p"].grad + 1)
-    torch.testing.assert_close(kept.s.sum, points["s"].grad.sum(-2))
-
-
-@pytest.mark.parametrize(
-    ("q", "k", "v"),
-    [
-        ((5, 4), (6, 4), (6, 3)),
-        ((2, 5, 4), (2, 6, 4), (2, 6, 4)),
-        ((2, 3, 2, 5, 4), (2, 3, 2, 6, 4), (2, 3, 2, 6, 4)),
-        ((2, 1, 5, 4), (1, 3, 6, 4), (3, 6, 4)),
-        ((3, 5, 4), (2, 3, 6, 4), (1, 1, 6, 4)),
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("softcap", [None, 1.0])
-def test_any_leading_dims(q: Any, k: Any, v: Any, softcap: float | None, path: Any) -> None:
-    """As PyTorch's function: they broadcast."""
-    given = [drawn(*shape, seed=i).detach().to(path.device).requires_grad_() for i, shape in enumerate((q, k, v))]
-    before = torch.broadcast_shapes(q[:-2], k[:-2], v[:-2])
-    for wants in (
-        {"s": None, "p": None, "o": None},
-        {"p": ro.Stats("sum", over="queries"), "s": ro.Part(queries=[2, 0])},
-    ):
-        kept = ro.Retained(*(n for n, w in wants.items() if w is None), **{n: w for n, w in wants.items() if w})
-        o = ro.attention(*given, softcap=softcap, retain=kept)
-        for x in given:
-            x.grad = None
-        loss_of(o).backward()
-        case = Case((), (), (), softcap=softcap)
-        points = eager(case, *(t.expand(*before, *t.shape[-2:]) for t in given), None)
-        theirs = torch.autograd.grad(loss_of(points["o"]), [*given, points["s"], points["p"]])
-        for x, grad in zip(given, theirs, strict=False):
-            torch.testing.assert_close(x.grad, grad)
-        ds, dp = theirs[3:]
-        if "o" in wants:
-            torch.testing.assert_close(kept.s.grad, ds)
-            torch.testing.assert_close(kept.p.grad, dp)
-        else:
-            torch.testing.assert_close(kept.s.grad, ds[..., [2, 0], :])
-            torch.testing.assert_close(kept.p.sum, dp.sum(-1))
-
-
-def test_keys_and_values_of_different_groups(path: Any) -> None:
-    q, k, v = (
-        drawn(*shape).detach().to(path.device).requires_grad_() for shape in ((1, 8, 5, 4), (1, 4, 5, 4), (1, 2, 5, 4))
-    )
-    for softcap in (None, 2.0):
-        kept = ro.Retained("s", p=ro.Part(heads=[7, 2]))
-        loss_of(ro.attention(q, k, v, enable_gqa=True, softcap=softcap, retain=kept)).backward()
-        wide = [t.detach().repeat_interleave(8 // t.shape[1], 1).requires_grad_() for t in (q, k, v)]
-        points = eager(Case((), (), (), softcap=softcap), *wide, None)
-        loss_of(points["o"]).backward()
-        torch.testing.assert_close(kept.s.grad, points["s"].grad)
-        torch.testing.assert_close(kept.p.grad, points["p"].grad[:, [7, 2]])
-
-
-@pytest.mark.parametrize("keywords", [{}, {"softcap": 2.0}, {"dropout_p": 1e-30}], ids=str)
-def test_heads_of_no_columns(keywords: dict[str, Any], path: Any) -> None:
-    """Every key counts the same, as in PyTorch's function."""
-    q, k, v = (drawn(1, 2, 5, d, seed=d).detach().to(path.device).requires_grad_() for d in (0, 0, 3))
-    kept = ro.Retained("p")
-    o = ro.attention(q, k, v, **keywords, retain=kept)
-    torch.testing.assert_close(o, F.scaled_dot_product_attention(q, k, v))
-    loss_of(o).backward()
-    points = eager(Case((), (), (), scale=1.0), *(t.detach().requires_grad_() for t in (q, k, v)), None)
-    loss_of(points["o"]).backward()
-    torch.testing.assert_close(kept.p.grad, points["p"].grad)
-
-
-def test_a_gradient_of_one_stored_element(path: Any) -> None:
-    q, k, v, _ = CAUSAL.tensors(torch.float32, path.device)
-    kept = ro.Retained("p", s=ro.Stats("abs_sum"))
-    ro.attention(q, k, v, is_causal=True, retain=kept).sum().backward()
-    points = eager(CAUSAL, *(t.detach().requires_grad_() for t in (q, k, v)), None)
-    points["o"].sum().backward()
-    torch.testing.assert_close(kept.p.grad, points["p"].grad, atol=1e-5, rtol=1e-5)
-
-
-def test_nan_and_infinity_go_where_eager_has_them(path: Any) -> None:
-    q, k, v, _ = CASES["plain"].tensors(torch.float32, path.device)
-    with torch.no_grad():
-        q[0, 1, 3, 2], v[1, 0, 5, 1], k[1, 2, 4, 0] = torch.nan, torch.inf, torch.nan
-    kept = ro.Retained("s", "p")
-    loss_of(ro.attention(q, k, v, retain=kept)).backward()
-    points = eager(CASES["plain"], *(t.detach().requires_grad_() for t in (q, k, v)), None)
-    loss_of(points["o"]).backward()
-    for name in ("s", "p"):
-        assert torch.equal(kept[name].grad.isfinite(), points[name].grad.isfinite()), name
-
-
-@pytest.mark.parametrize("added", [torch.finfo(torch.bfloat16).min, -1e9, -1e4, 1e9])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_number_added_to_every_key_of_a_row(dtype: torch.dtype, added: float, path: Any) -> None:
-    """As of padded queries: the probabilities are what is left of the scores beside it, and never 0 or nan."""
-    q, k, v = (drawn(1, 2, 20, 16, dtype=dtype, seed=i).detach().to(path.device).requires_grad_() for i in range(3))
-    mask = torch.zeros(20, 20, dtype=dtype, device=path.device)
-    mask[:3] = added
-    # In float32, which scores are made in: bfloat16 has no room for them beside such a number.
-    points = eager(SMALL, *(t.detach().float().requires_grad_() for t in (q, k, v)), mask.float())
-    loss_of(points["o"]).backward()
-    ds, chefer = points["s"].grad, (points["p"] * points["p"].grad).relu().mean(1).detach()
-    whole, part = ro.Retained("s", p=ro.Relevance("chefer")), ro.Retained(s=ro.Part(keys=slice(0, 20)))
-    for kept in (whole, part):
-        loss_of(ro.attention(q, k, v, mask, retain=kept)).backward()
-    near = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.02}
-    for s in (whole.s.grad, part.s.grad):
-        torch.testing.assert_close(s.float(), ds, **near)
-    torch.testing.assert_close(whole.p.chefer, chefer, **near)
-
-
-def test_what_a_kernel_says_of_a_row_without_a_sum() -> None:
-    """PyTorch's say inf both of a row that sees no key and of one that is nan; the output tells them apart."""
-    from retainops.ops._attention import _normal
-
-    o = torch.ones(1, 1, 3, 2)
-    o[0, 0, 0], o[0, 0, 1] = 0.0, torch.nan
-    for inf in (torch.inf, -torch.inf):
-        lse = _normal(torch.tensor([[[inf, inf, 0.5]]]), o)
-        assert torch.equal(lse.isnan(), torch.tensor([[[False, True, False]]]))
-        assert torch.equal(lse.nan_to_num(), torch.tensor([[[0.0, 0.0, 0.5]]]))
 
 
 def test_no_gradient_leaves_where_none_arrives(path: Any) -> None:
@@ -514,118 +378,6 @@ def test_transforms_and_forward_mode() -> None:
         torch.func.grad(lambda q: ro.attention(q, k, v, retain=kept).sum())(q)
 
 
-ERRORS: list[tuple[Callable[..., Any], type[Exception], str]] = [
-    (lambda q: ro.Retained("x"), KeyError, "attention: unknown point 'x'; its points are: s, p, o"),
-    (
-        lambda q: ro.Retained(s=ro.Relevance("chefer")),
-        ValueError,
-        "point 's' was asked for Relevance(chefer); it is of the",
-    ),
-    (
-        lambda q: ro.Retained(o=ro.Stats("l2", over="keys")),
-        ValueError,
-        "it has no keys: ask for heads or queries of it",
-    ),
-    (lambda q: ro.Retained(o=ro.Part(keys=0)), ValueError, "it has no keys: ask for heads or queries of it"),
-    (lambda q: ro.Retained(p=ro.Part(heads=[0, 2, -3])), IndexError, "attention: Part(heads=[0, 2, -3]) of point 'p'"),
-    (lambda q: ro.Retained(p=ro.Part(queries=33)), IndexError, "33 out of range of its 33 queries; expected -33 to 32"),
-    (lambda q: ro.Retained(p=ro.Into(q.detach())), ValueError, "shares memory with an input"),
-    (lambda q: {"p": 1}, TypeError, "attention: retain is dict; expected retainops.Retained"),
-]
-
-
-@pytest.mark.parametrize(("made", "kind", "said"), ERRORS, ids=[said for *_, said in ERRORS])
-def test_requests_that_cannot_be_answered(made: Any, kind: type[Exception], said: str, path: Any) -> None:
-    q, k, v, _ = CAUSAL.tensors(torch.float32, path.device)
-    with pytest.raises(kind, match=re.escape(said)):
-        ro.attention(q, k, v, retain=made(q))
-
-
-@pytest.mark.parametrize("retain", [None, ro.Retained("p")], ids=["plain", "asked"])
-def test_heads_of_two_sizes(retain: ro.Retained | None, path: Any) -> None:
-    q, k = (torch.ones(1, 2, 5, size, device=path.device, requires_grad=True) for size in (8, 6))
-    says = "attention: q of shape (1, 2, 5, 8) and k of shape (1, 2, 5, 6) have heads of different sizes"
-    with pytest.raises(RuntimeError, match=re.escape(says)):
-        ro.attention(q, k, q, retain=retain)
-    assert ro.attention(q, q, k, retain=retain).shape == (1, 2, 5, 6)
-
-
-def test_relevance_of_cross_attention_is_legrad_alone(path: Any) -> None:
-    q, k, v, _ = CASES["other keys"].tensors(torch.float32, path.device)
-    for name in ("chefer", "attn_grad"):
-        with pytest.raises(ValueError, match=f"Relevance\\('{name}'\\) of point 'p', of 21 queries and 34 keys"):
-            ro.attention(q, k, v, retain=ro.Retained(p=ro.Relevance("legrad", name)))
-
-
-def test_relevance_and_parts_need_heads() -> None:
-    q = drawn(5, 4)
-    with pytest.raises(ValueError, match=re.escape("expected (..., heads, queries, keys): unsqueeze a dim")):
-        ro.attention(q, q, q, retain=ro.Retained(p=ro.Relevance("legrad")))
-    with pytest.raises(ValueError, match=re.escape("Part(heads=...) of point 'p', which has shape (5, 5)")):
-        ro.attention(q, q, q, retain=ro.Retained(p=ro.Part(heads=0)))
-
-
-def test_without_grad_there_is_nothing_to_retain(path: Any) -> None:
-    q, k, v, _ = CAUSAL.tensors(torch.float32, path.device)
-    for want in (None, ro.Relevance("chefer"), ro.Part(heads=0)):
-        kept = ro.Retained("p") if want is None else ro.Retained(p=want)
-        with torch.no_grad(), pytest.raises(RuntimeError, match="can't retain_grad on point 'p'"):
-            ro.attention(q, k, v, retain=kept)
-        with pytest.raises(RuntimeError, match="can't retain_grad on point 'p'"):
-            ro.attention(q.detach(), k.detach(), v.detach(), retain=kept)
-
-
-@pytest.mark.parametrize(
-    ("keywords", "kind", "said"),
-    [
-        ({"retain": ro.Retained("p"), "nested": True}, RuntimeError, "attention: a nested tensor with retain"),
-        ({"attn_mask": [1], "softcap": 2.0}, TypeError, "attention: attn_mask is list; expected a torch.Tensor"),
-        ({"softcap": float("nan")}, ValueError, "attention: softcap is nan; expected a number above 0"),
-        ({"softcap": float("inf")}, ValueError, "attention: softcap is inf; expected a number above 0"),
-        ({"softcap": 0.0}, ValueError, "attention: softcap is 0.0; expected a number above 0"),
-        ({"softcap": "x"}, TypeError, "attention: softcap is str; expected a number above 0"),
-        ({"window": -1}, ValueError, "attention: window is -1; expected numbers of keys to each side, 0 or above"),
-        ({"window": 1.5}, TypeError, "attention: window is 1.5; expected an int, or (left, right)"),
-        ({"window": (1, 2, 3)}, TypeError, "attention: window is (1, 2, 3); expected an int, or (left, right)"),
-        ({"window": 2, "dropout_p": 1.5}, RuntimeError, "dropout probability has to be between 0 and 1"),
-    ],
-    ids=str,
-)
-def test_arguments_that_are_wrong(keywords: dict[str, Any], kind: type[Exception], said: str) -> None:
-    q, k, v, _ = CAUSAL.tensors(torch.float32)
-    if keywords.pop("nested", False):
-        q = torch.nested.nested_tensor(list(q.detach()), layout=torch.jagged)
-    with pytest.raises(kind, match=re.escape(said)):
-        ro.attention(q, k, v, **keywords)
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        lambda q: (q, q[:, :1].expand(2, 3, 33, 40), q),
-        lambda q: (q, q.half(), q),
-        lambda q: (q, q[..., :3], q),
-        lambda q: (q, q, q, torch.zeros(3, 3)),
-        lambda q: (q, q, q, torch.zeros(33, 33, dtype=torch.int64)),
-    ],
-)
-@pytest.mark.parametrize("keywords", [{}, {"window": 3}], ids=str)
-def test_what_pytorch_does_not_take_is_its_own_error(wrong: Any, keywords: Any) -> None:
-    q = CAUSAL.tensors(torch.float32)[0]
-    with pytest.raises(RuntimeError) as theirs:
-        F.scaled_dot_product_attention(*(t.detach().to("meta") for t in wrong(q)))
-    with pytest.raises(RuntimeError) as mine:
-        ro.attention(*wrong(q), **keywords, retain=ro.Retained("p"))
-    assert type(mine.value) is type(theirs.value)
-
-
-def test_other_ops_have_no_heads() -> None:
-    x = drawn(3, 4)
-    for want in (ro.Part(heads=0), ro.Relevance("legrad"), ro.Stats("l2", over="heads"), ro.Stats("l2", over="keys")):
-        with pytest.raises(ValueError, match=r"softmax: point 'p' was asked for .*, which is for points of attention"):
-            ro.softmax(x, retain=ro.Retained(p=want))
-
-
 def test_a_point_of_ones_own_can_be_asked_for_all_of_it() -> None:
     case = CASES["plain"]
     q, k, v, _ = case.tensors(torch.float64)
@@ -647,48 +399,6 @@ def test_eager_itself_is_what_the_tests_say() -> None:
         q, k, v, mask = case.tensors(torch.float64)
         theirs = F.scaled_dot_product_attention(q, k, v, mask, is_causal=case.causal, enable_gqa=case.gqa)
         torch.testing.assert_close(run_eager(case, torch.float64, torch.float64)["o"]["value"], theirs.detach())
-
-
-@pytest.mark.parametrize(
-    ("made", "kind", "said"),
-    [
-        (lambda: ro.Part(), ValueError, "Part: nothing chosen"),
-        (lambda: ro.Part(heads=1.5), TypeError, "Part: heads is 1.5; expected an int, a slice, or a sequence of ints"),
-        (lambda: ro.Part(keys="01"), TypeError, "Part: keys is '01'; expected an int"),
-        (lambda: ro.Part(queries=[True]), TypeError, "Part: queries is [True]; expected an int"),
-        (lambda: ro.Relevance(), ValueError, "Relevance: nothing asked for; name some of chefer, legrad, attn_grad"),
-        (lambda: ro.Relevance("rollout"), ValueError, "Relevance: unknown relevance 'rollout'"),
-        (
-            lambda: ro.Relevance("chefer", "l2"),
-            ValueError,
-            "a statistic of the same point is ro.Stats(...), in a",
-        ),
-        (lambda: ro.Stats("hist", over="heads"), ValueError, 'Stats: "hist" over heads'),
-        (
-            lambda: ro.Stats("l2", over="head"),
-            ValueError,
-            "Stats: over is 'head'; expected one of tensor, rows, ",
-        ),
-    ],
-    ids=lambda x: x if isinstance(x, str) else "",
-)
-def test_wants_that_are_none(made: Any, kind: type[Exception], said: str) -> None:
-    with pytest.raises(kind, match=re.escape(said)):
-        made()
-
-
-def test_what_was_not_asked_says_how_to_ask() -> None:
-    slot = ro.Retained(p=ro.Relevance("chefer")).p
-    assert slot.chefer is None
-    with pytest.raises(AttributeError, match=re.escape('its relevances are chefer; ask with Relevance("legrad")')):
-        _ = slot.legrad
-    with pytest.raises(AttributeError, match=re.escape('it has no statistics; ask with Relevance("chefer")')):
-        _ = ro.Retained("p").p.chefer
-    assert (
-        repr(ro.Part(heads=[0, 3], queries=-1, keys=slice(2, None, 2))) == "Part(heads=[0, 3], queries=-1, keys=2::2)"
-    )
-    with pytest.raises(ValueError, match="first_nonfinite: nothing tells of p"):
-        ro.Retained(p=ro.Relevance("chefer")).first_nonfinite()
 
 
 def test_tracing_and_fake_tensors_see_pytorchs_own_operations() -> None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -24,14 +23,7 @@ DEVICE = "cuda" if GPU else "cpu"
 EVERY = tuple(name for name in STATISTICS if name != "hist")  # a rounding can change a bin
 
 
-@pytest.fixture(autouse=True)
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what Inductor says of the machine's compilers is not ours
-        yield
-    assert not counters["graph_break"], "a graph break"
+pytestmark = pytest.mark.usefixtures("whole_graphs")
 
 
 def graphs() -> int:

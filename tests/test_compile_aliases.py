@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -19,13 +18,7 @@ DEVICE = "cuda" if GPU else "cpu"
 BACKENDS = ["aot_eager", "inductor"]
 
 
-@pytest.fixture(autouse=True)
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what Inductor says of the machine's compilers is not ours
-        yield
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 def doubled(a: torch.Tensor, kept: ro.Retained) -> tuple[torch.Tensor, torch.Tensor]:

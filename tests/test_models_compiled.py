@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -16,16 +15,7 @@ import retainops as ro
 from tests.oracle import assert_near
 from tests.small_model import ALL, IN_BLOCKS, D, Model, assert_kept, make, oracle, requests_in, steps_of_two_sizes
 
-
-@pytest.fixture(autouse=True)
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the compiler's own
-        yield
-    assert not counters["graph_break"], "a graph break"
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("whole_graphs")
 
 
 def graphs() -> int:

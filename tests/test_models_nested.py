@@ -11,12 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import retainops as ro
 from tests.conftest import Path, random_leaves
 from tests.oracle import assert_near
-from tests.small_model import ALL, IN_BLOCKS, D, Model, assert_kept, make, oracle, requests_in
-
-
-@pytest.fixture
-def model_x(path: Path) -> tuple[Model, torch.Tensor]:
-    return make(path.device)
+from tests.small_model import ALL, IN_BLOCKS, D, assert_kept, make, oracle, requests_in
 
 
 def test_nested_requests_are_both_answered(model_x: tuple) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import warnings
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -49,19 +47,8 @@ def test_each_point_alone(case: Case, path: Path) -> None:
         assert_near(kept[name].amax, points[name].abs().max(), 4)
 
 
-@pytest.fixture
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the compiler's own
-        yield
-    assert not counters["graph_break"], "a graph break"
-    torch._dynamo.reset()
-
-
 @over_cases
-def test_compiled(case: Case, fresh_compiler: None) -> None:
+def test_compiled(case: Case, whole_graphs: None) -> None:
     """The points out of one graph; asking is one graph more, and ceasing to ask is that from before."""
     module, inputs = build(case)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")

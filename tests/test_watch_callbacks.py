@@ -14,9 +14,8 @@ import torch
 from torch import nn
 
 import retainops as ro
-from tests.small_model import ALL, D, Model, oracle, requests_in
+from tests.small_model import ALL, D, Model, Steps, collect, oracle, requests_in
 from tests.test_integrations import Poison
-from tests.test_watch import Steps, collect
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what these packages say of themselves and of this machine
 
