@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from retainops.nn.point import HoldsPoints
 from retainops.ops.group_norm import GROUP_NORM
-from retainops.ops.norm import ADD_LAYER_NORM, ADD_RMS_NORM, LAYER_NORM, RMS_NORM
+from retainops.ops.norm import ADD_LAYER_NORM, ADD_RMS_NORM, LAYER_NORM, RMS_NORM, eps_of
 from retainops.ops.softmax import LOG_SOFTMAX, SOFTMAX
 from retainops.points import unretained
 from retainops.registry import Op
@@ -109,7 +109,7 @@ class TorchRMSNorm(TorchNorm):
     op = RMS_NORM
 
     def arguments(self, x: Tensor) -> tuple[Any, ...]:
-        return self.weight, torch.finfo(x.dtype).eps if self.eps is None else self.eps, 0.0, False
+        return self.weight, eps_of(x) if self.eps is None else self.eps, 0.0, False
 
 
 class RMSNorm(Norm):
