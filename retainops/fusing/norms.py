@@ -129,7 +129,7 @@ class RMSNorm(Norm):
     @classmethod
     def plain(cls, module: Any, x: Tensor) -> Tensor:
         """What it would compute for a module that is not fused."""
-        return RMS_NORM.reference(x, *cls.arguments_of(module), unretained)
+        return cls.op.reference(x, *cls.arguments_of(module), unretained)
 
 
 class LlamaRMSNorm(RMSNorm):
@@ -150,6 +150,16 @@ class UnitOffsetRMSNorm(RMSNorm):
     @classmethod
     def arguments_of(cls, module: Any) -> tuple[Any, ...]:
         return 1 + weight_of(module), epsilon(module), 0.0, False
+
+
+class CohereLayerNorm(RMSNorm):
+    """Cohere's: around the mean, without a bias."""
+
+    op = LAYER_NORM
+
+    @classmethod
+    def arguments_of(cls, module: Any) -> tuple[Any, ...]:
+        return weight_of(module), None, epsilon(module)
 
 
 class T5RMSNorm(LlamaRMSNorm):
@@ -217,12 +227,19 @@ class UnitOffsetRMSNormOfSum(UnitOffsetRMSNorm, OfSum):
     op, alone = ADD_RMS_NORM, RMS_NORM
 
 
+class CohereLayerNormOfSum(CohereLayerNorm, OfSum):
+    """As the others, of a sum."""
+
+    op, alone = ADD_LAYER_NORM, LAYER_NORM
+
+
 OF_SUM: dict[type[HoldsPoints], type[OfSum]] = {
     LayerNorm: LayerNormOfSum,
     RMSNorm: RMSNormOfSum,
     LlamaRMSNorm: LlamaRMSNormOfSum,
     GemmaRMSNorm: GemmaRMSNormOfSum,
     UnitOffsetRMSNorm: UnitOffsetRMSNormOfSum,
+    CohereLayerNorm: CohereLayerNormOfSum,
 }
 """From a norm to the same one for a module whose parent adds."""
 

@@ -166,7 +166,7 @@ def _overriding(module: nn.Module, *kinds: Any) -> str | None:
 
 @fuse_rule
 def rms_norm(module: Any) -> Verdict:
-    """The RMSNorm that a model brings itself: known by its name, its attributes, and what it computes."""
+    """The norm that a model brings itself, RMSNorm mostly: known by its name, its attributes, and what it computes."""
     cls = type(module)
     if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) or not _NORMS.search(cls.__name__) or list(module.children()):
         return None
@@ -188,7 +188,8 @@ def rms_norm(module: Any) -> Verdict:
         return f"it has no number as its {', '.join(norms.EPSILONS[:-1])} or {norms.EPSILONS[-1]}"
     if (why := _no_room(eps)) is not None:
         return why
-    kinds = (norms.LlamaRMSNorm, norms.GemmaRMSNorm, norms.RMSNorm, norms.UnitOffsetRMSNorm, norms.T5RMSNorm)
+    rounding = norms.LlamaRMSNorm, norms.GemmaRMSNorm, norms.RMSNorm, norms.UnitOffsetRMSNorm, norms.T5RMSNorm
+    kinds = (*rounding, norms.CohereLayerNorm)
     if (fits := next((kind for kind in kinds if same_norm(module, kind.plain)), None)) is not None:
         return fits
     if any(same_norm(module, kind.plain, (torch.float32,)) for kind in kinds):
