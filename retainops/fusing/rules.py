@@ -182,6 +182,8 @@ def rms_norm(module: Any) -> Verdict:
         return "it has more than a weight"
     if norms.weight_of(module) is None:
         return f"its weight is called {next(iter(parameters))}, and none of {', '.join(norms.WEIGHTS)}"
+    if more := list(inspect.signature(cls.forward).parameters)[2:]:
+        return f"its forward takes more than its input: {', '.join(more)}"
     if any(step.opname in ("STORE_ATTR", "STORE_GLOBAL") for step in dis.get_instructions(inspect.unwrap(cls.forward))):
         return "its forward does more than to return a value"
     if not isinstance(eps := norms.epsilon(module), (int, float)):

@@ -240,6 +240,15 @@ class StrangeRMSNorm(Scaled):
         return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * self.mine
 
 
+class GatedRMSNorm(Scaled):
+    """All in one class, as those of Mamba."""
+
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        x = x if gate is None else x * gate
+        wide = x.float()
+        return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).type_as(x) * self.scale
+
+
 class Looped(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         for _ in range(2):
@@ -256,6 +265,7 @@ LEFT: dict[type[nn.Module], list[str]] = {
     FixedRMSNorm: ["it has no number as its variance_epsilon, eps, epsilon or norm_eps"],
     NarrowRMSNorm: ["in 16 bits it rounds in other places than any norm of retainops"],
     StrangeRMSNorm: ["its weight is called mine, and none of weight, scale, gamma, gain, alpha, g, w"],
+    GatedRMSNorm: ["its forward takes more than its input: gate"],
     Looped: ["functional_norm(F.layer_norm): it is in a loop, and its points would be of several calls"],
     Twice: ["", "functional_norm(F.rms_norm): a second of its kind, whose points would have the same names"],
 }
