@@ -255,3 +255,16 @@ def test_representations() -> None:
 def test_errors(make: Callable[[], nn.Module], error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         make()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_eps_of_none_where_it_counts(fused: bool, dtype: torch.dtype) -> None:
+    """PyTorch computes in float32 at least, and takes the eps of that: of 16 bits' own it would be the larger part."""
+    x = (torch.randn(4, D, generator=torch.Generator().manual_seed(0)) * 1e-3).to(dtype)
+    theirs = nn.RMSNorm(D, dtype=dtype)
+    expected = theirs(x)
+    ours = theirs if fused else ro.nn.RMSNorm(D, None, dtype=dtype)
+    if fused:
+        assert ro.fuse(ours).replaced
+    torch.testing.assert_close(ours(x), expected)

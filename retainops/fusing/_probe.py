@@ -102,40 +102,51 @@ def _agree(theirs: Any, ours: Any, leaves: list[Any], generator: torch.Generator
     return all(torch.allclose(a, b, rtol=rtol, atol=rtol * float(b.detach().abs().max())) for a, b in pairs)
 
 
-def same_norm(module: Any, forward: Callable[[Any, torch.Tensor], torch.Tensor]) -> bool:
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def same_norm(
+    module: Any, forward: Callable[[Any, torch.Tensor], torch.Tensor], dtypes: tuple[torch.dtype, ...] = DTYPES
+) -> bool:
     """Whether a norm whose only parameter is its weight computes what `forward` does, in each mix of dtypes.
 
     Values of 16 bits have to be the same but for one in a hundred: then both round in the same places. It is tried in
     training and in evaluation, on inputs of two to four dims, whose sizes all differ.
     """
-    size = module.weight.numel()
+    ((name, weight),) = module.named_parameters()
     state = tuple((k, v) for k, v in vars(module).items() if isinstance(v, (int, float, str, bool, type(None))))
     state = tuple((k, v) for k, v in state if k != "training")
     cls: Any = type(module)
-    return _same_norm(cls, cls.forward, size, state, forward)
+    return _same_norm(cls, cls.forward, name, weight.numel(), state, forward, dtypes)
 
 
 @functools.cache
-def _same_norm(cls: Any, original: Any, size: int, state: tuple[Any, ...], forward: Callable[..., Any]) -> bool:
+def _same_norm(
+    cls: Any,
+    original: Any,
+    name: str,
+    size: int,
+    state: tuple[Any, ...],
+    forward: Callable[..., Any],
+    dtypes: tuple[torch.dtype, ...],
+) -> bool:
     others = [n for n in (2, 3, 4, 6) if n != size]
     shapes = (6 if size != 6 else 7, size), (*others[:2], size), (*others[:3], size)
     with _alone() as generator:
-        for shape, training, x_dtype in itertools.product(
-            shapes, (True, False), (torch.float32, torch.bfloat16, torch.float16)
-        ):
+        for shape, training, x_dtype in itertools.product(shapes, (True, False), dtypes):
             for dtype in dict.fromkeys((torch.float32, x_dtype)):
                 module = object.__new__(cls)  # a class made by `fully_shard` gives an object of another one
                 nn.Module.__init__(module)
-                weight = torch.randn(size, generator=generator).to(dtype)
+                weight = nn.Parameter(torch.randn(size, generator=generator).to(dtype))
                 vars(module).update(state)
-                module.weight = nn.Parameter(weight)
+                module.register_parameter(name, weight)
                 module.training = training
                 x = (3 * torch.randn(shape, generator=generator)).to(x_dtype).requires_grad_()
                 try:
                     theirs, ours = original(module, x), forward(module, x)
                     if not _same_values(theirs, ours):
                         return False
-                    leaves = [x, module.weight]
+                    leaves = [x, weight]
                     if x_dtype == torch.float32 and not _agree(theirs, ours, leaves, generator, rtol=1e-5):
                         return False
                 except Exception:

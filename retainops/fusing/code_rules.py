@@ -10,8 +10,9 @@ from torch import nn
 from retainops.fusing import norms, parts
 from retainops.fusing._classes import Fused
 from retainops.fusing._probe import FUNCTIONS, recognised, rotates_as_rope
+from retainops.fusing.norm_calls import ANY_CALL, GROUP, LAYER, RMS, NormCall, is_norm
 from retainops.fusing.registry import fuse_rule
-from retainops.fusing.rules import Verdict
+from retainops.fusing.rules import Verdict, has_norm_call
 
 
 @fuse_rule(before="apply_rotary_pos_emb(Q, K, COS, SIN)", after="self.fused_rope(apply_rotary_pos_emb, Q, K, COS, SIN)")
@@ -23,7 +24,7 @@ def rope(module: Any) -> Verdict:
     return parts.Rotary
 
 
-@fuse_rule(before="FN(*ARGS, **NAMED)", after="self.fused_sdpa(FN, *ARGS, **NAMED)")
+@fuse_rule(before=ANY_CALL, after="self.fused_sdpa(FN, *ARGS, **NAMED)")
 def sdpa(module: Any, FN: Any) -> Verdict:
     """A call of PyTorch's attention function."""
     if FN is not parts.SDPA:
@@ -31,6 +32,12 @@ def sdpa(module: Any, FN: Any) -> Verdict:
     if getattr(module, "fused_attn", True) is False:
         return "its fused_attn is False, with which timm's attention does not call it"
     return parts.Sdpa
+
+
+@fuse_rule(before=ANY_CALL, after="self.fused_norm(FN, *ARGS, **NAMED)")
+def functional_norm(module: Any, FN: Any) -> Verdict:
+    """A call of PyTorch's layer_norm, rms_norm or group_norm."""
+    return NormCall if is_norm(FN) and has_norm_call(module) else None
 
 
 NORMED = "self.fused_add_norm(self.NORM, X, Y)"
@@ -127,7 +134,7 @@ def gated(module: Any, ACT: Any) -> Verdict:
     return parts.GatedUnit if name in parts.UNIT_OF else f"it is {name}, and there is no gated unit of it"
 
 
-NAMES = {parts.SDPA.__name__, *(function.__name__ for function in FUNCTIONS)}
+NAMES = {function.__name__ for function in (parts.SDPA, LAYER, RMS, GROUP, *FUNCTIONS)}
 
 
 def may_concern(module: nn.Module) -> bool:

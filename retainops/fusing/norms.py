@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 from retainops.nn.point import HoldsPoints
 from retainops.ops.group_norm import GROUP_NORM
-from retainops.ops.norm import ADD_LAYER_NORM, ADD_RMS_NORM, LAYER_NORM, RMS_NORM
+from retainops.ops.norm import ADD_LAYER_NORM, ADD_RMS_NORM, LAYER_NORM, RMS_NORM, eps_of
 from retainops.ops.softmax import LOG_SOFTMAX, SOFTMAX
 from retainops.points import unretained
 from retainops.registry import Op
@@ -58,14 +57,15 @@ class TorchNorm(Norm):
             return self.fused_from.forward(self, x)  # type: ignore[union-attr]
         if self.normalized_shape and x.shape[-1:] != self.normalized_shape:
             F.layer_norm(x, self.normalized_shape)  # the error that PyTorch raises
-        return super().forward(_as_autocast_has_it(x))
+        return super().forward(as_autocast_has_it(x))
 
 
 def _widened(x: Tensor) -> bool:
     return x.is_cuda and torch.is_autocast_enabled("cuda") and x.dtype in (torch.float16, torch.bfloat16)
 
 
-def _as_autocast_has_it(x: Tensor) -> Tensor:
+def as_autocast_has_it(x: Tensor) -> Tensor:
+    """What autocast makes of the input of PyTorch's norms and softmax."""
     return x.float() if _widened(x) else x
 
 
@@ -109,7 +109,7 @@ class TorchRMSNorm(TorchNorm):
     op = RMS_NORM
 
     def arguments(self, x: Tensor) -> tuple[Any, ...]:
-        return self.weight, torch.finfo(x.dtype).eps if self.eps is None else self.eps, 0.0, False
+        return self.weight, eps_of(x) if self.eps is None else self.eps, 0.0, False
 
 
 class RMSNorm(Norm):
@@ -117,16 +117,19 @@ class RMSNorm(Norm):
 
     op = RMS_NORM
     offset, round_first = 0.0, False
-    weight: nn.Parameter
 
     def arguments(self, x: Tensor) -> tuple[Any, ...]:
-        cls = type(self)  # the module may have attributes of these names for something else
-        return self.weight, epsilon(self), cls.offset, cls.round_first
+        return self.arguments_of(self)
+
+    @classmethod
+    def arguments_of(cls, module: Any) -> tuple[Any, ...]:
+        """With the class's offset: the module may have attributes of these names for something else."""
+        return weight_of(module), epsilon(module), cls.offset, cls.round_first
 
     @classmethod
     def plain(cls, module: Any, x: Tensor) -> Tensor:
         """What it would compute for a module that is not fused."""
-        return RMS_NORM.reference(x, module.weight, epsilon(module), cls.offset, cls.round_first, unretained)
+        return cls.op.reference(x, *cls.arguments_of(module), unretained)
 
 
 class LlamaRMSNorm(RMSNorm):
@@ -141,13 +144,31 @@ class GemmaRMSNorm(RMSNorm):
     offset = 1.0
 
 
+class UnitOffsetRMSNorm(RMSNorm):
+    """One whose weight is near 0, too, and that adds the 1 in the weight's own dtype."""
+
+    @classmethod
+    def arguments_of(cls, module: Any) -> tuple[Any, ...]:
+        return 1 + weight_of(module), epsilon(module), 0.0, False
+
+
+class CohereLayerNorm(RMSNorm):
+    """Cohere's: around the mean, without a bias."""
+
+    op = LAYER_NORM
+
+    @classmethod
+    def arguments_of(cls, module: Any) -> tuple[Any, ...]:
+        return weight_of(module), None, epsilon(module)
+
+
 class T5RMSNorm(LlamaRMSNorm):
     """T5's: it rounds to the weight's dtype, not to x's, and only if that has 16 bits."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype == self.weight.dtype:
+        if x.dtype == weight_of(self).dtype:
             return super().forward(x)
-        return self.scaled(self.call(x.float(), None, epsilon(self), 0.0, False), self.weight)
+        return self.scaled(self.call(x.float(), None, epsilon(self), 0.0, False), weight_of(self))
 
     @staticmethod
     def scaled(xhat: Tensor, weight: Tensor) -> Tensor:
@@ -155,14 +176,31 @@ class T5RMSNorm(LlamaRMSNorm):
 
     @classmethod
     def plain(cls, module: Any, x: Tensor) -> Tensor:
-        if x.dtype == module.weight.dtype:
+        weight = weight_of(module)
+        if x.dtype == weight.dtype:
             return super().plain(module, x)
-        return cls.scaled(RMS_NORM.reference(x.float(), None, epsilon(module), 0.0, False, unretained), module.weight)
+        return cls.scaled(RMS_NORM.reference(x.float(), None, epsilon(module), 0.0, False, unretained), weight)
 
 
-def epsilon(module: Any) -> float:
-    """Under the name that this kind of norm has for it."""
-    return module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
+WEIGHTS = ("weight", "scale", "gamma", "gain", "alpha", "g", "w")
+EPSILONS = ("variance_epsilon", "eps", "epsilon", "norm_eps")
+"""The names that norms have for them; the first one that a module has counts."""
+
+
+def weight_of(module: Any) -> Any:
+    """A norm's weight: a number may have another of these names."""
+    for name in WEIGHTS:
+        if isinstance(weight := getattr(module, name, None), Tensor):
+            return weight
+    return None
+
+
+def epsilon(module: Any) -> Any:
+    """A norm's eps."""
+    for name in EPSILONS:
+        if hasattr(module, name):
+            return getattr(module, name)
+    return None
 
 
 class RMSNormOfSum(RMSNorm, OfSum):
@@ -183,11 +221,25 @@ class GemmaRMSNormOfSum(GemmaRMSNorm, OfSum):
     op, alone = ADD_RMS_NORM, RMS_NORM
 
 
+class UnitOffsetRMSNormOfSum(UnitOffsetRMSNorm, OfSum):
+    """As the others, of a sum."""
+
+    op, alone = ADD_RMS_NORM, RMS_NORM
+
+
+class CohereLayerNormOfSum(CohereLayerNorm, OfSum):
+    """As the others, of a sum."""
+
+    op, alone = ADD_LAYER_NORM, LAYER_NORM
+
+
 OF_SUM: dict[type[HoldsPoints], type[OfSum]] = {
     LayerNorm: LayerNormOfSum,
     RMSNorm: RMSNormOfSum,
     LlamaRMSNorm: LlamaRMSNormOfSum,
     GemmaRMSNorm: GemmaRMSNormOfSum,
+    UnitOffsetRMSNorm: UnitOffsetRMSNormOfSum,
+    CohereLayerNorm: CohereLayerNormOfSum,
 }
 """From a norm to the same one for a module whose parent adds."""
 
@@ -199,7 +251,7 @@ class Softmax(HoldsPoints):
     dim: int
 
     def forward(self, x: Tensor) -> Tensor:
-        x = _as_autocast_has_it(x)
+        x = as_autocast_has_it(x)
         if self.dim in (-1, x.dim() - 1):
             return self.call(x, 1.0, None, False)
         return self.call(x.movedim(self.dim, -1), 1.0, None, False).movedim(-1, self.dim)

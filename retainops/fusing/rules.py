@@ -10,11 +10,13 @@ import re
 import sys
 from typing import Any
 
+import torch
 from torch import nn
 
 from retainops.fusing import norms
 from retainops.fusing._probe import same_norm
 from retainops.fusing.loss import PATH, LMLoss
+from retainops.fusing.norm_calls import calls_norm
 from retainops.fusing.registry import Change, Part, fuse_rule
 from retainops.nn.attention import MultiheadAttention
 
@@ -108,8 +110,9 @@ def norm(module: Any) -> Verdict:
     for kind, part in known:
         if isinstance(module, kind):
             if type(module).forward is not kind.forward:
-                ours = _of_timm(module)
-                return _overriding(module, kind) if ours is None else _no_room(module.eps) or ours
+                if (ours := _of_timm(module)) is not None:
+                    return _no_room(module.eps) or ours
+                return None if has_norm_call(module) else _overriding(module, kind)
             if not _has_own_forward(kind):
                 return f"the forward of torch.nn.{kind.__name__} was exchanged"
             shape: Any = getattr(module, "normalized_shape", (1,))
@@ -124,18 +127,28 @@ def _no_room(eps: float | None) -> str | None:
     return None if eps is None or eps > 0 else f"its eps is {eps}; the op takes one above 0"
 
 
+_TIMMS: dict[str, Part] = {
+    "LayerNorm": norms.LayerNorm,
+    "LayerNorm2d": norms.LayerNorm2d,
+    "GroupNorm": norms.GroupNorm,
+    "GroupNorm1": norms.GroupNorm,
+}
+"""timm's own subclasses, whose forward is that of the base unless a flag is set."""
+
+
 def _of_timm(module: Any) -> Part | None:
-    """timm's own subclasses, whose forward is that of the base unless a flag is set."""
-    known: dict[str, Part] = {
-        "LayerNorm": norms.LayerNorm,
-        "LayerNorm2d": norms.LayerNorm2d,
-        "GroupNorm": norms.GroupNorm,
-        "GroupNorm1": norms.GroupNorm,
-    }
     cls = type(module)
-    if cls.__module__ != "timm.layers.norm" or module._fast_norm or not _has_own_forward(cls):
+    if cls.__module__ != "timm.layers.norm" or cls.__name__ not in _TIMMS or module._fast_norm:
         return None
-    return known.get(cls.__name__)
+    return _TIMMS[cls.__name__] if _has_own_forward(cls) else None
+
+
+def has_norm_call(module: nn.Module) -> bool:
+    """Whether a norm that a module's code calls is for a rule of code: not in the library's classes that `norm` knows,
+    nor where timm's flag says that it is not called."""
+    owner = next(c for c in type(module).__mro__ if "forward" in vars(c))
+    known = {"torch.nn.modules.normalization": owner.__name__, "timm.layers.norm": owner.__name__ in _TIMMS}
+    return not (known.get(owner.__module__) or getattr(module, "_fast_norm", False)) and calls_norm(module)
 
 
 def _has_own_forward(cls: Any) -> bool:
@@ -153,29 +166,40 @@ def _overriding(module: nn.Module, *kinds: Any) -> str | None:
 
 @fuse_rule
 def rms_norm(module: Any) -> Verdict:
-    """The RMSNorm that a model brings itself: known by its name, its attributes, and what it computes."""
+    """The norm that a model brings itself, RMSNorm mostly: known by its name, its attributes, and what it computes."""
     cls = type(module)
-    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) or not _NORMS.search(cls.__name__):
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) or not _NORMS.search(cls.__name__) or list(module.children()):
         return None
-    weight = getattr(module, "weight", None)
-    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    if not isinstance(weight, nn.Parameter) or weight.dim() != 1 or not isinstance(eps, float):
+    if has_norm_call(module):  # that call is fused: autocast may make another dtype of what goes through it
+        return None
+    parameters = dict(module.named_parameters())
+    if not any(p.dim() == 1 for p in parameters.values()):
         return None
     forwards = [c for c in cls.__mro__[:-1] if c is not nn.Module and "forward" in vars(c)]
     if len(forwards) > 1:
         return f"it overrides the forward of {forwards[1].__name__}"
-    if len(list(module.parameters())) + len(list(module.buffers())) != 1 or list(module.children()):
+    if len(parameters) + len(list(module.buffers())) != 1:
         return "it has more than a weight"
+    if norms.weight_of(module) is None:
+        return f"its weight is called {next(iter(parameters))}, and none of {', '.join(norms.WEIGHTS)}"
+    if more := list(inspect.signature(cls.forward).parameters)[2:]:
+        return f"its forward takes more than its input: {', '.join(more)}"
     if any(step.opname in ("STORE_ATTR", "STORE_GLOBAL") for step in dis.get_instructions(inspect.unwrap(cls.forward))):
         return "its forward does more than to return a value"
+    if not isinstance(eps := norms.epsilon(module), (int, float)):
+        return f"it has no number as its {', '.join(norms.EPSILONS[:-1])} or {norms.EPSILONS[-1]}"
     if (why := _no_room(eps)) is not None:
         return why
-    kinds = (norms.LlamaRMSNorm, norms.GemmaRMSNorm, norms.RMSNorm, norms.T5RMSNorm)
-    fits = (kind for kind in kinds if same_norm(module, kind.plain))
-    return next(fits, "no norm of retainops computes what it does")
+    rounding = norms.LlamaRMSNorm, norms.GemmaRMSNorm, norms.RMSNorm, norms.UnitOffsetRMSNorm, norms.T5RMSNorm
+    kinds = (*rounding, norms.CohereLayerNorm)
+    if (fits := next((kind for kind in kinds if same_norm(module, kind.plain)), None)) is not None:
+        return fits
+    if any(same_norm(module, kind.plain, (torch.float32,)) for kind in kinds):
+        return "in 16 bits it rounds in other places than any norm of retainops"
+    return "no norm of retainops computes what it does"
 
 
-_NORMS = re.compile("rmsnorm|layernorm", re.IGNORECASE)
+_NORMS = re.compile("(rms|layer)_?norm", re.IGNORECASE)
 
 
 @fuse_rule

@@ -9,7 +9,7 @@ from torch import nn
 
 from retainops.nn.point import HoldsPoints
 from retainops.ops.group_norm import GROUP_NORM
-from retainops.ops.norm import ADD_LAYER_NORM, ADD_RMS_NORM, LAYER_NORM, RMS_NORM
+from retainops.ops.norm import ADD_LAYER_NORM, ADD_RMS_NORM, LAYER_NORM, RMS_NORM, eps_of
 
 
 class RMSNorm(HoldsPoints):
@@ -20,7 +20,7 @@ class RMSNorm(HoldsPoints):
 
     Args:
         normalized_shape: n, the size of the last dim; or (n,).
-        eps: above 0; None: the machine epsilon of x's dtype, as `torch.nn.RMSNorm` has it.
+        eps: above 0; None: the machine epsilon of float32 (of float64 for float64), as `torch.nn.RMSNorm` has it.
         elementwise_affine: whether there is a weight. It starts at 1 - offset, so that nothing is scaled.
         offset, round_first: as of `ro.rms_norm`.
         device, dtype: of the weight.
@@ -66,7 +66,7 @@ class RMSNorm(HoldsPoints):
         return self.call(x, *self._options(x))
 
     def _options(self, x: torch.Tensor) -> tuple[Any, ...]:
-        eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
+        eps = eps_of(x) if self.eps is None else self.eps
         return self.weight, eps, self.offset, self.round_first
 
     def extra_repr(self) -> str:

@@ -155,6 +155,11 @@ def add_layer_norm(
     return run(ADD_LAYER_NORM, (x, residual, weight, bias, eps), retain)
 
 
+def eps_of(x: Tensor) -> float:
+    """What PyTorch takes for an eps of None: that of the dtype in which it computes, of x in 16 bits float32's."""
+    return torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
+
+
 def rms_norm_reference(x: Any, weight: Any, eps: float, offset: float, round_first: bool, point: Point) -> Tensor:
     """The definition."""
     held = _held(x)

@@ -202,7 +202,7 @@ def test_on_the_kernels(request: pytest.FixtureRequest) -> None:
 
 OTHERS: dict[str, dict[str, Any]] = {
     "Mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},  # experts in a loop
-    "Cohere": {},  # its own norm, and rope of pairs side by side
+    "Cohere": {},  # layer norm out of its parts, and rope of pairs side by side
     "Glm": {},  # rope of a part of each head, pairs side by side
     "Olmo2": {},  # norms after attention and MLP
     "Phi": {},  # one norm for both, and rope of a part

@@ -1,0 +1,354 @@
+"""Norms that people write themselves: by a call of PyTorch's function, or out of its parts."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.functional import rms_norm
+
+import retainops as ro
+from tests.fusing.test_mechanics import assert_same, run
+from tests.no_torchvision import import_timm
+
+Tensor = torch.Tensor
+N = 8
+
+
+def drawn(near: float = 1.0) -> nn.Parameter:
+    return nn.Parameter(near + torch.linspace(-0.4, 0.5, N))
+
+
+class LayerNorm(nn.Module):
+    """nanoGPT's."""
+
+    def __init__(self, bias: bool = True) -> None:
+        super().__init__()
+        self.weight, self.bias = drawn(), drawn(0.0) if bias else None
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.layer_norm(input, self.weight.shape, self.weight, self.bias, 1e-5)
+
+
+class Scaled(nn.Module):
+    """torchtune's names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.normalized_shape, self.eps, self.scale = (N,), 1e-6, drawn()
+
+
+class CallingRMSNorm(Scaled):
+    def forward(self, x: Tensor) -> Tensor:
+        shape = self.normalized_shape
+        return F.rms_norm(x.float(), normalized_shape=shape, weight=self.scale, eps=self.eps).to(x.dtype)
+
+
+class Bare(nn.Module):
+    """Without a weight, and with the eps that PyTorch takes then."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, [x.size(-1)])
+
+
+class Groups(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.b = drawn(), drawn(0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.group_norm(x, 2, self.w, self.b, eps=1e-6)
+
+
+class OfAnyDtype(nn.LayerNorm):
+    """open_clip's."""
+
+    def __init__(self) -> None:
+        super().__init__(N)
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = x.dtype
+        x = F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+        return x.to(dtype)
+
+
+class TuneRMSNorm(Scaled):
+    """torchtune's, before it called PyTorch's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        normed = (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).type_as(x)
+        return normed * self.scale
+
+
+class LitRMSNorm(nn.Module):
+    """LitGPT's."""
+
+    def __init__(self, add_unit_offset: bool = False) -> None:
+        super().__init__()
+        self.weight = drawn(0.0 if add_unit_offset else 1.0)
+        self.eps, self.dim, self.add_unit_offset = 1e-6, -1, add_unit_offset
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = x.dtype
+        x = x.float()
+        norm_x = torch.mean(x * x, dim=self.dim, keepdim=True)
+        x_normed = x * torch.rsqrt(norm_x + self.eps)
+        weight = (1 + self.weight) if self.add_unit_offset else self.weight
+        return (x_normed * weight.float()).to(dtype=dtype)
+
+
+class GammaRMS_Norm(nn.Module):
+    """LLaMA's original, in other names; scale is a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm_eps, self.scale, self.gamma = 1e-5, 2.0, drawn()
+
+    def _norm(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.norm_eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._norm(x.float()).type_as(x) * self.gamma
+
+
+class AroundTheMeanLayerNorm(Scaled):
+    """Cohere's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.float32)
+        mean = wide.mean(-1, keepdim=True)
+        variance = (wide - mean).pow(2).mean(-1, keepdim=True)
+        wide = (wide - mean) * torch.rsqrt(variance + self.eps)
+        return (self.scale.to(torch.float32) * wide).to(x.dtype)
+
+
+def of_timm() -> nn.Module:
+    return import_timm().layers.RmsNorm(N)
+
+
+CALLS: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "nanoGPT": (LayerNorm, "F.layer_norm"),
+    "nanoGPT, no bias": (lambda: LayerNorm(False), "F.layer_norm"),
+    "torchtune, calling": (CallingRMSNorm, "F.rms_norm"),
+    "no weight": (Bare, "rms_norm"),
+    "groups": (Groups, "nn.functional.group_norm"),
+    "open_clip": (OfAnyDtype, "F.layer_norm"),
+    "timm": (of_timm, "rms_norm"),
+}
+WRITTEN: dict[str, Callable[[], nn.Module]] = {
+    "torchtune": TuneRMSNorm,
+    "LitGPT": LitRMSNorm,
+    "LitGPT, offset": lambda: LitRMSNorm(True),
+    "other names": GammaRMS_Norm,
+    "around the mean": AroundTheMeanLayerNorm,
+}
+OPS = {name: f"functional_norm({function})" for name, (_, function) in CALLS.items()}
+OPS |= {**dict.fromkeys(WRITTEN, "rms_norm"), "around the mean": "layer_norm"}
+MAKERS: dict[str, Callable[[], nn.Module]] = {name: make for name, (make, _) in CALLS.items()} | WRITTEN
+over_norms = pytest.mark.parametrize("name", OPS)
+
+
+def data(dtype: torch.dtype = torch.float32) -> Tensor:
+    return (3 * torch.randn(5, N, generator=torch.Generator().manual_seed(1))).to(dtype)
+
+
+@over_norms
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_values_and_gradients(name: str, dtype: torch.dtype) -> None:
+    model, x = MAKERS[name]().to(dtype), data(dtype)
+    theirs, keys = run(model, x), list(model.state_dict())
+    assert [row.op for row in ro.fuse(model)] == [OPS[name]]
+    for other in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert list(other.state_dict()) == keys
+        for ours, expected in zip(run(other, x), theirs, strict=True):
+            eps = torch.finfo(dtype).eps
+            if dtype == torch.float64 and name in {*WRITTEN, "torchtune, calling"}:  # they go by float32
+                eps = torch.finfo(torch.float32).eps
+            scale = max(1.0, expected.abs().max().item())  # that of the terms: they cancel in x's gradient
+            torch.testing.assert_close(ours, expected, rtol=0, atol=4 * eps * scale)
+    ro.unfuse(model)
+    assert all(torch.equal(a, b) for a, b in zip(run(model, x), theirs, strict=True))
+
+
+@over_norms
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_point(name: str, compiled: bool) -> None:
+    model, x = MAKERS[name](), data()
+    theirs = run(model, x)
+    weight = next((p.detach() for p in model.parameters()), torch.ones(N))
+    ro.fuse(model)
+    torch._dynamo.reset()
+    call: Any = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+    call.parameters, call.zero_grad = model.parameters, model.zero_grad
+    with ro.retain(model, "xhat") as kept:
+        assert_same(run(call, x), theirs)
+    dy = torch.linspace(-1, 1, x.numel()).view_as(x)
+    torch.testing.assert_close(kept["xhat"].grad, dy * (weight + ("offset" in name)))
+
+
+@pytest.mark.parametrize("name", ["torchtune", "LitGPT, offset", "around the mean"])
+def test_a_sum_and_its_norm(name: str) -> None:
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = WRITTEN[name]()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(x + x.flip(0))
+
+    model, x = Sum(), data()
+    theirs = run(model, x)
+    assert {row.op for row in ro.fuse(model)} == {"add_norm(norm)", OPS[name]}
+    with ro.retain(model) as kept:
+        assert_same(run(model, x), theirs)
+    assert {"norm.summed", "norm.xhat"} <= set(kept)
+    assert all(slot.grad is not None for slot in kept.values())
+
+
+# What is left, and what is called as it was
+
+
+class FixedRMSNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.g = drawn()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.normalize(x, dim=-1) * N**0.5 * self.g
+
+
+class NarrowRMSNorm(Scaled):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * self.scale
+
+
+class StrangeRMSNorm(Scaled):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mine = self.scale
+        del self.scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * self.mine
+
+
+class GatedRMSNorm(Scaled):
+    """All in one class, as those of Mamba."""
+
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        x = x if gate is None else x * gate
+        wide = x.float()
+        return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).type_as(x) * self.scale
+
+
+class Looped(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(2):
+            x = F.layer_norm(x, (N,))
+        return x
+
+
+class Twice(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, (N,)) + F.rms_norm(x, (N,))
+
+
+LEFT: dict[type[nn.Module], list[str]] = {
+    FixedRMSNorm: ["it has no number as its variance_epsilon, eps, epsilon or norm_eps"],
+    NarrowRMSNorm: ["in 16 bits it rounds in other places than any norm of retainops"],
+    StrangeRMSNorm: ["its weight is called mine, and none of weight, scale, gamma, gain, alpha, g, w"],
+    GatedRMSNorm: ["its forward takes more than its input: gate"],
+    Looped: ["functional_norm(F.layer_norm): it is in a loop, and its points would be of several calls"],
+    Twice: ["", "functional_norm(F.rms_norm): a second of its kind, whose points would have the same names"],
+}
+
+
+@pytest.mark.parametrize("cls", LEFT, ids=lambda cls: cls.__name__)
+def test_what_is_left_is_said(cls: type[nn.Module]) -> None:
+    model, x = cls(), data()
+    theirs = run(model, x)
+    assert [row.why for row in ro.fuse(model)] == LEFT[cls]
+    assert_same(run(model, x), theirs)
+
+
+class Any_(nn.Module):
+    """A call with whatever it is given."""
+
+    def forward(self, *args: Any, **named: Any) -> Tensor:
+        return F.layer_norm(*args, **named)
+
+
+@pytest.mark.parametrize(
+    ("args", "why"),
+    [
+        (((2, N),), r"it is over the dims \(2, 8\), and the op takes the last one alone"),
+        (((N,), None, None, 0.0), "its eps is 0.0; the op takes a number above 0"),
+    ],
+)
+def test_calls_that_no_op_takes(args: tuple[Any, ...], why: str) -> None:
+    """The function itself is called; to ask for what it does not give is an error."""
+    model, x = Any_(), torch.randn(3, 2, N, requires_grad=True)
+    ro.fuse(model)
+    assert torch.equal(model(x, *args), F.layer_norm(x, *args))
+    with ro.retain(model) as kept:
+        with torch.no_grad():
+            model(x, *args)
+        with pytest.raises(
+            RuntimeError, match=f"'xhat' is asked for, and no op stands for its call of layer_norm: {why}"
+        ):
+            model(x, *args)
+        model(x, (N,)).sum().backward()
+    assert kept["xhat"].grad is not None
+
+
+def test_errors_are_pytorchs() -> None:
+    model = Any_()
+    ro.fuse(model)
+    for args in (
+        (torch.ones(2, N), (N + 1,)),
+        (torch.ones(2, N), (N,), torch.ones(1)),
+        (torch.ones(2, N), N),
+        (3, (N,)),
+    ):
+        with pytest.raises((RuntimeError, TypeError)) as theirs:
+            F.layer_norm(*args)
+        with pytest.raises(theirs.type) as ours:
+            model(*args)
+        assert str(ours.value) == str(theirs.value)
+
+
+def test_a_function_that_is_exchanged_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = LayerNorm(), data().requires_grad_()
+    ro.fuse(model)
+    monkeypatch.setattr(F, "layer_norm", lambda x, *others: x * 3)
+    assert torch.equal(model(x), x * 3)
+    with ro.retain(model), pytest.raises(RuntimeError, match="it is another function than when the model was fused"):
+        model(x)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=str)
+def test_nested_tensors(layout: torch.layout) -> None:
+    parts = [torch.randn(n, N) for n in (2, 3)]
+    model = LayerNorm()
+    expected = [model(part) for part in parts]
+    ro.fuse(model)
+    for ours, theirs in zip(model(torch.nested.nested_tensor(parts, layout=layout)).unbind(), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_a_name_that_it_has_for_something_else() -> None:
+    """A number named scale beside the weight, set when the norm is fused or later."""
+    model, x = GammaRMS_Norm(), data()
+    theirs = run(model, x)
+    ro.fuse(model)
+    model.weight = 5.0
+    assert_same(run(model, x), theirs)
