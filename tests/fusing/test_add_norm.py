@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import retainops as ro
-from tests.fusing.test_mechanics import assert_same, run
+from tests.fusing.blocks import assert_same, run
 
 Tensor = torch.Tensor
 

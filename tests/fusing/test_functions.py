@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.nn.functional import silu
 
 import retainops as ro
-from tests.fusing.test_mechanics import assert_same, run
+from tests.fusing.blocks import assert_same, run
 
 Tensor = torch.Tensor
 

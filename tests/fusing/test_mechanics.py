@@ -1,11 +1,10 @@
-"""What `ro.fuse` does to modules, and what it leaves alone, whatever is done to the model before or after."""
+"""What `ro.fuse` does to modules, whatever is done to the model before or after."""
 
 from __future__ import annotations
 
 import copy
-import dataclasses
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,76 +17,8 @@ from torch.nn import functional as F
 
 import retainops as ro
 from retainops.fusing.registry import RULES
+from tests.fusing.blocks import OPS, POINTS, Block, TinyRMSNorm, assert_same, run
 from tests.fusing.families import make, step
-
-
-class Norm(nn.Module):
-    """An RMSNorm as LLaMA's."""
-
-    def __init__(self, n: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.rand(n) + 0.5)
-        self.variance_epsilon = 1e-6
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-        return self.weight * wide.to(x.dtype)
-
-
-class TinyRMSNorm(Norm):
-    """Known by its name; the forward is its base's."""
-
-
-class Block(nn.Module):
-    """One of everything."""
-
-    def __init__(self, n: int = 8) -> None:
-        super().__init__()
-        self.norm1, self.norm2, self.norm3 = TinyRMSNorm(n), nn.LayerNorm(n), nn.GroupNorm(2, n)
-        self.gate, self.up, self.down = (nn.Linear(n, n) for _ in range(3))
-        self.act, self.gelu = nn.SiLU(), nn.GELU()
-        self.fc = nn.Linear(n, n)
-        self.softmax = nn.Softmax(-1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        h = self.norm1(x)
-        h = self.down(self.act(self.gate(h)) * self.up(h))
-        x = x + h
-        residual = x
-        x = self.norm2(x)
-        x = self.fc(x)
-        x = self.gelu(x)
-        return self.softmax(self.norm3(x)) + residual
-
-
-OPS = {"add_norm(norm2)", "bias_act(fc, gelu)", "gated(act)", "rms_norm", "layer_norm", "group_norm", "softmax"}
-POINTS = ["norm1.xhat", "norm2.summed", "norm2.xhat", "norm3.xhat", "gate", "up", "act", "c", "softmax.p"]
-
-
-@pytest.fixture
-def block() -> Block:
-    torch.manual_seed(2)
-    return Block()
-
-
-@pytest.fixture
-def x() -> torch.Tensor:
-    return torch.randn(4, 8, generator=torch.Generator().manual_seed(1), requires_grad=True)
-
-
-def run(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
-    """The output, and the gradient of a projection of it with respect to x and each parameter."""
-    x, parameters = x.detach().requires_grad_(), list(model.parameters())
-    model.zero_grad()
-    y = model(x)
-    y.backward(torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y))
-    return [y.detach(), x.grad, *(p.grad.clone() for p in parameters)]
-
-
-def assert_same(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> None:
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_one_of_everything(block: Block, x: torch.Tensor) -> None:
@@ -316,142 +247,6 @@ def test_arguments_by_name_and_errors_as_before() -> None:
         model[0](torch.randn(2, 9))
 
 
-# What is left alone
-
-
-class Loud(nn.LayerNorm):
-    """It overrides forward."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x) * 2
-
-
-class LoudRMSNorm(TinyRMSNorm):
-    """It overrides forward."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x) + 1
-
-
-class OtherRMSNorm(nn.Module):
-    """Its attributes are an RMSNorm's, and it is none."""
-
-    def __init__(self, n: int) -> None:
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(n)), 1e-6
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.weight * x * torch.rsqrt(x.abs().mean(-1, keepdim=True) + self.eps)
-
-
-class CountingRMSNorm(Norm):
-    """It counts its calls."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.calls = getattr(self, "calls", 0) + 1
-        return Norm.forward(self, x)
-
-
-class Counting(nn.Module):
-    """RMSNorm with a side effect, all in one class."""
-
-    def __init__(self, n: int) -> None:
-        super().__init__()
-        self.weight, self.eps, self.calls = nn.Parameter(torch.ones(n)), 1e-6, 0
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.calls += 1
-        return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
-
-
-Counting.__name__ = "CountingLayerNorm"
-
-
-def patched() -> nn.Module:
-    norm = nn.LayerNorm(8)
-    norm.forward = lambda x: x * 3
-    return norm
-
-
-def eps_of(norm: nn.Module, eps: float) -> nn.Module:
-    norm.variance_epsilon = eps
-    return norm
-
-
-LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "overriding": (lambda: Loud(8), "it overrides the forward of torch.nn.LayerNorm"),
-    "overriding an RMSNorm": (lambda: LoudRMSNorm(8), "it overrides the forward of Norm"),
-    "another norm": (lambda: OtherRMSNorm(8), "no norm of retainops computes what it does"),
-    "a subclass that counts": (lambda: CountingRMSNorm(8), "it overrides the forward of Norm"),
-    "one that counts": (lambda: Counting(8), "its forward does more than to return a value"),
-    "patched": (patched, "its forward is set on the module itself"),
-    "pickling itself": (lambda: Pickling(8), "Pickling copies itself in a way of its own"),
-    "over two dims": (lambda: nn.LayerNorm((4, 8)), r"it is over several dims, (4, 8)"),
-    "no eps": (lambda: nn.LayerNorm(8, eps=0), "its eps is 0; the op takes one above 0"),
-    "no eps, of groups": (lambda: nn.GroupNorm(2, 8, eps=0.0), "its eps is 0.0; the op takes one above 0"),
-    "no eps, RMSNorm": (lambda: nn.RMSNorm(8, eps=0.0), "its eps is 0.0; the op takes one above 0"),
-    "no eps, an RMSNorm of its own": (lambda: eps_of(TinyRMSNorm(8), 0.0), "its eps is 0.0; the op takes one above 0"),
-    "no dim": (lambda: nn.Softmax(), "it has no dim"),
-    "int8": (
-        lambda: nn.ParameterDict({"weight": nn.Parameter(torch.ones(2, dtype=torch.int8), requires_grad=False)}),
-        "its weights are torch.int8",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", LEFT)
-def test_left_and_said(name: str) -> None:
-    make_one, why = LEFT[name]
-    module = make_one()
-    kind, state = type(module), dict(vars(module))
-    table = ro.fuse(nn.Sequential(module))
-    assert [(row.name, row.op, row.why) for row in table] == [("0", None, why)]
-    assert (type(module), vars(module)) == (kind, state)
-
-
-class Quantised(nn.Module):
-    """What a quantised linear layer of some library looks like."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(linear.weight.detach().abs().max() / 127)
-        self.weight = nn.Parameter((linear.weight.detach() / self.scale).round().to(torch.int8), requires_grad=False)
-        self.bias = nn.Parameter(linear.bias.detach())
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight * self.scale, self.bias)
-
-
-def test_quantised_layers_are_called_as_they_are(block: Block, x: torch.Tensor) -> None:
-    block.gate, block.fc = Quantised(block.gate), Quantised(block.fc)
-    theirs = block(x)
-    table = ro.fuse(block)
-    assert {(row.name, row.why) for row in table.left} == {("gate", WHY), ("fc", WHY)}
-    assert "gated(act)" in {row.op for row in table}
-    torch.testing.assert_close(block(x), theirs)
-
-
-WHY = "its weights are torch.int8"
-
-
-def test_layers_of_a_library_that_quantises(block: Block, x: torch.Tensor) -> None:
-    class Linear4bit(nn.Linear):
-        __module__ = "bitsandbytes.nn.modules"
-
-    for name in ("gate", "fc"):
-        layer = Linear4bit(8, 8)
-        layer.load_state_dict(getattr(block, name).state_dict())
-        setattr(block, name, layer)
-    theirs = run(block, x)
-    table = ro.fuse(block)
-    assert {(row.name, row.why) for row in table.left} == {
-        ("", "bias_act(fc, gelu): fc is a bitsandbytes.nn.modules.Linear4bit"),
-        ("gate", "it is quantised, by bitsandbytes"),
-        ("fc", "it is quantised, by bitsandbytes"),
-    }
-    assert_same(run(block, x), theirs)
-
-
 def test_on_meta_it_is_fused_and_nothing_is_made(x: torch.Tensor) -> None:
     torch.manual_seed(2)
     theirs = Block()
@@ -522,13 +317,6 @@ def test_another_one_of_the_same_type(block: Block, x: torch.Tensor) -> None:
     torch.testing.assert_close(norm(x), F.layer_norm(x, (8,), eps=0.1))
     ro.unfuse(norm)
     assert type(norm) is nn.LayerNorm
-
-
-class Pickling(nn.LayerNorm):
-    """It is pickled in a way of its own."""
-
-    def __getstate__(self) -> dict[str, Any]:
-        return dict(vars(self))
 
 
 def test_a_forward_set_since_that_holds_the_fused_one(block: Block, x: torch.Tensor) -> None:
@@ -636,108 +424,6 @@ def test_wholly_or_not_at_all(block: Block) -> None:
 def test_only_modules(function: Callable) -> None:
     with pytest.raises(TypeError, match=f"{function.__name__}: model is Tensor; expected a torch.nn.Module"):
         function(torch.ones(3))
-
-
-# Rules of a user's own
-
-
-@pytest.fixture
-def registry() -> Iterator[None]:
-    before = dict(RULES)
-    yield
-    RULES.clear()
-    RULES.update(before)
-
-
-@pytest.mark.usefixtures("registry")
-def test_a_rule_for_a_class(x: torch.Tensor) -> None:
-    @ro.fuse_rule
-    def mish(module: nn.Module) -> type | None:
-        return ro.nn.Mish if type(module) is nn.Mish else None
-
-    model = nn.Sequential(nn.Linear(8, 8), nn.Mish())
-    theirs = run(model, x)
-    assert [(row.name, row.op) for row in ro.fuse(model)] == [("1", "mish")]
-    assert list(ro.points(model)) == ["1.s", "1.t"]
-    assert_same(run(model, x), theirs)
-    assert repr(model[1]) == "Mish (fused)()"
-
-
-class Modulated(nn.Module):
-    def forward(self, x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-        y = x * (1 + scale) + shift
-        return y.square()
-
-
-class ScaleShift(ro.nn.ScaleShift):
-    def fused_scale_shift(self, x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-        return self.call(x, scale, shift)
-
-    forward = nn.Module.forward  # the module's own
-
-
-@pytest.mark.usefixtures("registry")
-def test_a_rule_for_code(x: torch.Tensor) -> None:
-    @ro.fuse_rule(before="X * (1 + SCALE) + SHIFT", after="self.fused_scale_shift(X, SCALE, SHIFT)")
-    def modulation(module: nn.Module) -> type:
-        return ScaleShift
-
-    model, more = Modulated(), (torch.rand(8), torch.rand(8))
-    theirs = model(x, *more)
-    assert [(row.name, row.op) for row in ro.fuse(model)] == [("", "modulation")]
-    with ro.retain(model, "scaled") as kept:
-        ours = model(x, *more)
-        ours.sum().backward()
-    torch.testing.assert_close(ours, theirs)
-    torch.testing.assert_close(kept["scaled"].grad, 2 * (x * (1 + more[0]) + more[1]).detach())
-
-
-class Named(ro.nn.HoldsPoints):
-    """A part without a forward: it comes on top of what the module's code calls."""
-
-    op = ro.nn.Mish.op
-
-    def point_infos(self) -> tuple[Any, ...]:
-        return (dataclasses.replace(self.op.points[0], name="named"),)
-
-
-@pytest.mark.usefixtures("registry")
-def test_rules_that_share_a_module(block: Block, x: torch.Tensor) -> None:
-    changed = []
-
-    @ro.fuse_rule
-    def part(module: nn.Module) -> type | None:
-        return Named if type(module) is Block else None
-
-    @ro.fuse_rule
-    def change(module: nn.Module) -> ro.fusing.Change | None:
-        return ro.fusing.Change("changed", lambda: changed.append(module)) if type(module) is Block else None
-
-    @change.undo
-    def unchange(module: nn.Module) -> str | None:
-        return "changed" if changed and changed.pop() else None
-
-    theirs = run(block, x)
-    table = ro.fuse(block)
-    assert [row.op for row in table][:5] == ["changed", "mish", "gated(act)", "bias_act(fc, gelu)", "add_norm(norm2)"]
-    assert changed == [block]
-    assert {"named", "act", "c"} <= set(ro.points(block))
-    assert_same(run(block, x), theirs)
-    assert [row.op for row in ro.unfuse(block)][:2] == ["restored", "restored, from changed"]
-    assert not changed
-    assert type(block) is Block
-
-
-@pytest.mark.usefixtures("registry")
-def test_choosing_rules(block: Block) -> None:
-    table = ro.fuse(block, rules=["softmax", RULES["rms_norm"]])
-    assert {row.op for row in table} == {"softmax", "rms_norm"}
-    with pytest.raises(KeyError, match="fuse: no rule is called 'sofmax'; there are: attention, lm_loss, softmax"):
-        ro.fuse(block, rules=["sofmax"])
-    with pytest.raises(ValueError, match="before has 1 patterns and after 0; expected as many"):
-        ro.fuse_rule(before="X", after=[])
-    with pytest.raises(TypeError, match="it decorates a int; expected a function of a module"):
-        ro.fuse_rule(3)
 
 
 def test_timms_own_norms_and_a_flag() -> None:

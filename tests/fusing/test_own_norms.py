@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.nn.functional import rms_norm
 
 import retainops as ro
-from tests.fusing.test_mechanics import assert_same, run
+from tests.fusing.blocks import assert_same, run
 from tests.no_torchvision import import_timm
 
 Tensor = torch.Tensor

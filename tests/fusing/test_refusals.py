@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 import retainops as ro
+from tests.fusing.blocks import TinyRMSNorm, assert_same, run
 from tests.fusing.families import SIZES
-from tests.fusing.test_mechanics import TinyRMSNorm, assert_same, run
 
 
 class Acts(nn.Module):
