@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 import sys
@@ -24,11 +25,14 @@ NOT_COMPILED = [name for name, way in WAYS.items() if not way.compiles]
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """On a busy CPU two threads wait for each other at each tiny operation."""
+def tiny_steps() -> Iterator[None]:
+    """One thread: on a busy CPU two wait for each other at each operation. And no search of all for garbage each step."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()
     yield
+    gc.unfreeze()
     torch.set_num_threads(before)
 
 
