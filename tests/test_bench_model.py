@@ -26,7 +26,7 @@ NOT_COMPILED = [name for name, way in WAYS.items() if not way.compiles]
 
 @pytest.fixture(autouse=True)
 def tiny_steps() -> Iterator[None]:
-    """One thread: on a busy CPU two wait for each other at each operation. And no search of all for garbage each step."""
+    """One thread: on a busy CPU two wait for each other at each operation. And no search of all garbage each step."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     gc.collect()

@@ -84,7 +84,7 @@ def test_blocks_are_cut_along_the_longer_side() -> None:
     assert Cut.of(1024, 8192, 1000, cpu) == (1024, 1000)
     assert Cut.of(4096, 2048, 131072, cpu) == (4096, 131072)
     assert Cut.of(None, 8192, 131072, gpu) == (8192, 16384)
-    assert Cut.of(None, 8192, 131072, cpu) == (8192, 2048)
+    assert Cut.of(None, 8192, 131072, cpu) == (8192, 512)
     assert Cut.of(1, 5, 8, cpu) == (5, 1)
     for rows, classes, chunk in CUTS:
         cut = Cut.of(chunk, rows, classes, cpu)

@@ -59,7 +59,7 @@ def linear_cross_entropy(
         bias: (V,), of x's dtype, or None for none.
         class_weight: (V,), a constant weight for each class, or None for 1.
         ignore_index, reduction, label_smoothing, z_loss, softcap: as of `cross_entropy`.
-        chunk: how many rows' logits exist at a time. None: as many as make 2^27 numbers, on a CPU 2^24.
+        chunk: how many rows' logits exist at a time. None: as many as make 2^27 numbers, on a CPU 2^22.
 
     Returns:
         (...) for reduction="none", else no dims; of x's dtype (float32 under autocast).
