@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 import retainops as ro
-from retainops.fusing.registry import RULES
 
 Tensor = torch.Tensor
 
@@ -70,14 +67,6 @@ def test_what_is_for_attention_alone_knows_whose_a_point_is() -> None:
     why = r"point 'q_rot' was asked for .* which is for points of attention, and it is one of rope"
     with pytest.raises(ValueError, match=why), ro.retain(model, "q_rot", ro.Relevance("chefer")):
         pass
-
-
-@pytest.fixture
-def registry() -> Iterator[None]:
-    before = dict(RULES)
-    yield
-    RULES.clear()
-    RULES.update(before)
 
 
 class Squared(ro.nn.HoldsPoints):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,14 +12,6 @@ from torch import nn
 import retainops as ro
 from retainops.fusing.registry import RULES
 from tests.fusing.blocks import Block, assert_same, run
-
-
-@pytest.fixture
-def registry() -> Iterator[None]:
-    before = dict(RULES)
-    yield
-    RULES.clear()
-    RULES.update(before)
 
 
 @pytest.mark.usefixtures("registry")
