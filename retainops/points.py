@@ -62,7 +62,9 @@ class CompiledTap(torch.autograd.Function):
         copy = x.clone()
         if copy.stride() == x.stride() or overlaps_itself(x):
             return copy
-        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x)
+        empty = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+        # Not copy_: the Dynamo of torch 2.11 returns what it changes beside the output, and the gradient goes there.
+        return torch.ops.aten.copy(empty, x)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -175,7 +177,8 @@ def no_grad(op: str, name: str, of: str = "") -> RuntimeError:
 
 def check_not_recorded(op: str, name: str) -> None:
     """Raise where a call is recorded as a program, which has no slots: it would answer nothing."""
-    exports = torch.compiler.is_exporting()
+    # What torch.compiler.is_exporting() returns; that call, traced by torch 2.11's Dynamo, is True in any compiled code.
+    exports = torch.compiler._is_exporting_flag
     if exports or (not torch.compiler.is_compiling() and torch.jit.is_tracing()):
         raise RuntimeError(
             f"{op}: point '{name}' was asked for while {'torch.export' if exports else 'torch.jit'} records this call, "
