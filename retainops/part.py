@@ -93,7 +93,7 @@ def _places(choice: slice, size: int) -> range:
     start, stop = choice.start or 0, choice.stop
     if stop is not None and 0 <= start <= stop <= size and choice.step in (None, 1):
         return range(start, stop)  # whatever the size: in a graph with dynamic shapes it stays unknown
-    return range(*choice.indices(size))
+    return range(size)[choice]
 
 
 def picked(x: torch.Tensor, places: Places) -> torch.Tensor:

@@ -177,7 +177,7 @@ def no_grad(op: str, name: str, of: str = "") -> RuntimeError:
 
 def check_not_recorded(op: str, name: str) -> None:
     """Raise where a call is recorded as a program, which has no slots: it would answer nothing."""
-    # What torch.compiler.is_exporting() returns; that call, traced by torch 2.11's Dynamo, is True in any compiled code.
+    # What torch.compiler.is_exporting() returns; that call, in code which torch 2.11 compiles, is always True.
     exports = torch.compiler._is_exporting_flag
     if exports or (not torch.compiler.is_compiling() and torch.jit.is_tracing()):
         raise RuntimeError(

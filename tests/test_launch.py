@@ -137,7 +137,7 @@ def test_a_backend_chosen_later_is_taken(kernels: Path) -> None:
     names = []
     for backend in ("triton", "reference", "triton"):
         with ro.backend(backend):
-            names.append(ro.mul_sin(a, b).grad_fn.name())
+            names.append(type(ro.mul_sin(a, b).grad_fn).__name__)
     assert names[0] == names[2] != names[1]
 
 

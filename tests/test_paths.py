@@ -31,7 +31,7 @@ def test_kernels_where_they_can(kernels: Path, name: str) -> None:
     with ro.backend("auto"):
         assert explained(name, *inputs).startswith(f"{name} takes the Triton kernels")
         y = find(name).call(*inputs)
-    assert y.grad_fn.name() != eager(find(name), inputs)[0].grad_fn.name()
+    assert type(y.grad_fn) is not type(eager(find(name), inputs)[0].grad_fn)
 
 
 @pytest.mark.parametrize(("size", "takes"), [(2**31 - 2**16, True), (2**31 - 1, False), (2**31, True)])
