@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from retainops.elementwise.clamp import TO_BOTH
 from retainops.elementwise.step import Step
 from retainops.elementwise.trace import Traced, sources
 
@@ -66,6 +67,22 @@ def refuses_comparisons(found: Sequence[tuple[int, Sequence[int]]], inputs: Sequ
         if not tensors and len(others) > 1 and x.dtype.itemsize == 2:
             return f"a number made of several arguments is compared with an input, which rounds it to {x.dtype}"
     return None
+
+
+def shared_bounds(traced: Traced) -> list[list[int]]:
+    """Of each bound that is taken for a tensor, and shares its ties, the places of the inputs behind it."""
+    steps = (node.meta["step"] for node in traced.steps)
+    of = (step.operands[1:] for step in steps if any(step.grads is grads for grads in TO_BOTH))
+    return [
+        sources(traced, bound, differentiably=False) for bounds in of for bound in bounds if isinstance(bound, Node)
+    ]
+
+
+def refuses_bounds(bounds: Sequence[Sequence[int]], inputs: Sequence[Any]) -> str | None:
+    """Why kernels cannot share the ties with these bounds as eager PyTorch does, or None."""
+    if all(any(isinstance(inputs[i], torch.Tensor) for i in behind) for behind in bounds):
+        return None
+    return "a bound of clamp is a number, which shares no gradient with what equals it"
 
 
 def _sides(step: Step) -> Iterator[tuple[Any, Any]]:

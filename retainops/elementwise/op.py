@@ -10,7 +10,7 @@ from torch.fx import Node
 
 from retainops.elementwise import cache
 from retainops.elementwise.codegen import Generated
-from retainops.elementwise.comparisons import comparisons, refuses_comparisons
+from retainops.elementwise.comparisons import comparisons, refuses_bounds, refuses_comparisons, shared_bounds
 from retainops.elementwise.reference import reference_of
 from retainops.elementwise.trace import Traced, sources
 from retainops.ops import _fused
@@ -60,7 +60,7 @@ def record(call: Callable[..., torch.Tensor], traced: Traced, generated: Generat
     """The op of a traced function."""
     reference = reference_of(traced)
     on_kernels = OnKernels(traced, generated)
-    compared = comparisons(traced)
+    compared, bounds = comparisons(traced), shared_bounds(traced)
 
     def launch(inputs: tuple[Any, ...], slots: Mapping[str, Slot]) -> Any:
         # What has no gradient must not make the output require one.
@@ -85,7 +85,11 @@ def record(call: Callable[..., torch.Tensor], traced: Traced, generated: Generat
         ),
         reference=reference,
         launch=launch,
-        refuses=lambda *inputs: _refuses(traced, generated, reference, inputs) or refuses_comparisons(compared, inputs),
+        refuses=lambda *inputs: (
+            _refuses(traced, generated, reference, inputs)
+            or refuses_comparisons(compared, inputs)
+            or refuses_bounds(bounds, inputs)
+        ),
         sample=lambda *where: tuple(_sample(traced, i, *where) for i in range(len(traced.parameters))),
         traffic=traffic,
     )

@@ -16,6 +16,7 @@ import torch
 from torch.fx import Node
 from torch.nn import functional as F
 
+from retainops.elementwise.clamp import clamp
 from retainops.elementwise.step import Refused, Step, literal, number
 
 
@@ -51,29 +52,6 @@ def _pow(input: Any, exponent: Any) -> Step:
     e = literal(exponent)
     shown = repr(exponent) if exponent >= 0 else f"({exponent!r})"
     return Step((input,), f"power({{0}}, {e})", (f"power_grad({{0}}, {e}, {{dy}})",), f"{{0}} ** {shown}")
-
-
-def _clamp(input: Any, min: Any = None, max: Any = None) -> Step:
-    """Both bounds, inclusive; a bound has the gradient where it is the result."""
-    if min is None and max is None:
-        raise Refused("give min or max")
-    if min is None:
-        grads = "tl.where({0} <= {1}, {dy}, 0.0)", "tl.where({0} > {1}, {dy}, 0.0)"
-        return Step((input, max), "minimum({0}, {1})", grads, "clamp({0}, max={1})", compares=True)
-    if max is None:
-        grads = "tl.where({0} >= {1}, {dy}, 0.0)", "tl.where({0} < {1}, {dy}, 0.0)"
-        return Step((input, min), "maximum({0}, {1})", grads, "clamp({0}, {1})", compares=True)
-    return Step(
-        (input, min, max),
-        "minimum(maximum({0}, {1}), {2})",
-        (
-            "tl.where(({0} >= {1}) & ({0} <= {2}), {dy}, 0.0)",
-            "tl.where(({0} < {1}) & ({1} < {2}), {dy}, 0.0)",
-            "tl.where(({0} > {2}) | ({2} < {1}), {dy}, 0.0)",
-        ),
-        "clamp({0}, {1}, {2})",
-        compares=True,
-    )
 
 
 def _where(condition: Any, input: Any, other: Any) -> Step:
@@ -195,9 +173,9 @@ ROWS = (
     Row(("softplus",), _softplus),
     Row(("maximum", "max"), _pair("maximum"), (), ("x", "y")),
     Row(("minimum", "min"), _pair("minimum"), (), ("x", "y")),
-    Row(("clamp", "clip"), _clamp, (), ("x", "low", "high")),
-    Row(("clamp_min",), lambda input, min: _clamp(input, min), (), ("x", "low")),
-    Row(("clamp_max",), lambda input, max: _clamp(input, None, max), (), ("x", "high")),
+    Row(("clamp", "clip"), clamp, (), ("x", "low", "high")),
+    Row(("clamp_min",), lambda input, min: clamp(input, min), (), ("x", "low")),
+    Row(("clamp_max",), lambda input, max: clamp(input, None, max), (), ("x", "high")),
     Row(("where",), _where, (), ("condition", "x", "y")),
     Row(("lerp",), _lerp, (), ("x", "y", "weight")),
     Row(("addcmul",), _addcmul, (), ("x", "y", "z")),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Callable
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 import retainops as ro
+from retainops.elementwise.clamp import TIES_ARE_SHARED
 from tests.conftest import Path
 
 BESIDE_A_CONSTANT: dict[str, Callable] = {
@@ -58,7 +60,9 @@ def test_a_number_in_the_function(kernels: Path, name: str, dtype: torch.dtype) 
 @NARROW
 @pytest.mark.parametrize("name", BESIDE_AN_ARGUMENT)
 def test_a_number_as_an_argument(kernels: Path, name: str, dtype: torch.dtype) -> None:
-    agrees(BESIDE_AN_ARGUMENT[name], kernels.device, dtype, 0.1)
+    # From torch 2.14 on a bound that may be a tensor is the reference's, if it is none.
+    with ro.backend("auto") if name == "clamp" and TIES_ARE_SHARED else contextlib.nullcontext():
+        agrees(BESIDE_AN_ARGUMENT[name], kernels.device, dtype, 0.1)
 
 
 @NARROW
