@@ -18,10 +18,9 @@ from retainops.registry import Op, find, ops
 from tests.attention_cases import CASES
 from tests.attention_oracle import Run
 from tests.oracle import all_points, leaves, several
+from tests.triton_version import IS_OLDEST
 
 triton = pytest.importorskip("triton")
-OLDEST = (3, 6)
-IS_OLDEST = tuple(int(n) for n in triton.__version__.split(".")[:2]) == OLDEST
 SHAPES = ((8192, 4096), (40, 1000), (2, 65536))
 REQUESTS = ("nothing", "points", "statistics")
 ONE_OF_EACH_KIND = ("mul_sin", "add_gelu", "sub_silu", "div_softplus")

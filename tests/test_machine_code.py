@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +15,10 @@ import triton.language as tl
 import retainops as ro
 from retainops.kernels.tiles import load, store, store_grad, tile
 from retainops.ops._walk import ELEMENTS
-from retainops.testing import static_report
+from retainops.testing import sass, static, static_report
+from retainops.testing.driver import driver
 from retainops.testing.static import KernelReport
+from tests.triton_version import IS_OLDEST
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 LENGTHS = {"aligned": 4096, "ragged": 4099}
@@ -51,6 +56,21 @@ def to_tensors(report: KernelReport) -> dict[str, int]:
     return {access: times for access, times in report.stores.items() if access.startswith("STG")}
 
 
+@dataclass(frozen=True, eq=False)
+class Compiled:
+    """As much of a compiled kernel as `assemble` takes."""
+
+    asm: dict[str, str]
+    metadata: Any
+
+
+def without_lines(kernel: Any) -> str:
+    """The machine code that ptxas makes of the same instructions where nothing says which line each is of."""
+    instructions = kernel.asm["ptx"].split("\t.section")[0]
+    bare = re.sub(r"^(\$L__tmp\d+:|\s*\.loc\s.*)$", "", instructions, flags=re.MULTILINE)
+    return sass.machine_code(static.assemble(Compiled({"ptx": bare}, kernel.metadata))[0])
+
+
 def reports(dtype: torch.dtype, n: int, retain: Callable = lambda: None, target: str = "sm_90") -> list[KernelReport]:
     return static_report(backward_call(dtype, n, retain), target)
 
@@ -60,13 +80,25 @@ def warps(dtype: torch.dtype) -> int:
     return 2 if dtype.itemsize == 2 else 4
 
 
-@pytest.mark.parametrize("n", LENGTHS.values(), ids=LENGTHS)
+KNOWN = (
+    {("sm_80", dtype, "ragged"): {"mul_sin_fwd_kernel": 4} for dtype in (torch.float16, torch.bfloat16)}
+    if IS_OLDEST
+    else {("sm_80", torch.bfloat16, "aligned"): {"mul_sin_bwd_kernel": 4}}
+)
+"""Bytes that are known to spill: one register, where ptxas stops at 80, for the sake of a sixth program at once, or 96.
+
+The oldest Triton makes an address of 64 bits for each element that is read with a mask, where later ones make one for
+eight neighbours. So where 16-bit tensors are ragged its kernels take 91 to 127 registers, and theirs 67 to 99.
+"""
+
+
+@pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "sm_120"])
-def test_no_spills(dtype: torch.dtype, n: int, target: str) -> None:
-    # One register: ptxas stops at 80, for the sake of a sixth program at once.
-    most = 4 if (target, dtype, n) == ("sm_80", torch.bfloat16, LENGTHS["aligned"]) else 0
-    for report in reports(dtype, n, lambda: ro.Retained("c"), target):
+def test_no_spills(dtype: torch.dtype, length: str, target: str) -> None:
+    known = KNOWN.get((target, dtype, length), {})
+    for report in reports(dtype, LENGTHS[length], lambda: ro.Retained("c"), target):
+        most = known.get(report.name, 0)
         assert report.spill_stores <= most, str(report)
         assert report.spill_loads <= most, str(report)
 
@@ -81,10 +113,18 @@ def test_no_spills_in_broadcast_sums(shapes: tuple) -> None:
             assert (report.spill_stores, report.spill_loads) == (0, 0), str(report)
 
 
-@pytest.mark.parametrize("n", LENGTHS.values(), ids=LENGTHS)
+SCHEDULED_BY_LINES = [(torch.bfloat16, "aligned")] if IS_OLDEST else []
+"""Where ptxas puts the same instructions into another order since their lines are others.
+
+Each new line is a label in the PTX, and ptxas lets some labels part what it would interleave. The kernel that never
+heard of points has its lines in another file, so its labels stand elsewhere.
+"""
+
+
+@pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_retention_off_is_the_kernel_that_never_heard_of_it(dtype: torch.dtype, n: int) -> None:
-    backward = reports(dtype, n)[-1]
+def test_retention_off_is_the_kernel_that_never_heard_of_it(dtype: torch.dtype, length: str) -> None:
+    n = LENGTHS[length]
     shape, strides = (1, n), (None, 1)
     held = tl.float64 if dtype == torch.float64 else tl.float32
 
@@ -95,11 +135,21 @@ def test_retention_off_is_the_kernel_that_never_heard_of_it(dtype: torch.dtype, 
         grid = (-(-n // ELEMENTS),)
         without_points_bwd_kernel[grid](*operands, shape, held, 1, ELEMENTS, num_warps=warps(dtype))
 
-    (never,) = static_report(plain)
-    assert backward.name == "mul_sin_bwd_kernel"
-    assert backward.machine_code == never.machine_code
-    retained = reports(dtype, n, lambda: ro.Retained("c"))[-1]
-    assert retained.machine_code != never.machine_code  # the comparison can fail
+    launches = []
+    for call in (plain, backward_call(dtype, n, lambda: None), backward_call(dtype, n, lambda: ro.Retained("c"))):
+        with driver("sm_90") as launched:
+            call()
+        launches.append(launched[-1])
+    never, off, on = (static.report(launch, "sm_90") for launch in launches)
+    assert off.name == on.name == "mul_sin_bwd_kernel"
+    if (dtype, length) in SCHEDULED_BY_LINES:
+        assert (off.registers, off.mix, off.accesses) == (never.registers, never.mix, never.accesses)
+    else:
+        assert off.machine_code == never.machine_code
+    bare_never, bare_off, bare_on = (without_lines(launch.kernel) for launch in launches)
+    assert bare_off == bare_never
+    assert bare_on != bare_never  # the comparison can fail
+    assert on.machine_code != off.machine_code
 
 
 @pytest.mark.parametrize("n", LENGTHS.values(), ids=LENGTHS)

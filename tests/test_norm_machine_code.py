@@ -17,6 +17,7 @@ from retainops.testing.driver import driver
 from retainops.testing.static import KernelReport
 from tests.norm_cases import inputs_of, several
 from tests.oracle import all_points, leaves
+from tests.triton_version import IS_OLDEST
 
 MOST = ("l2", "amax", "act_grad")
 
@@ -41,8 +42,16 @@ def assert_no_spills(*reports: KernelReport, known: int = 0) -> None:
         assert max(report.spill_stores, report.spill_loads) <= known, str(report)
 
 
-KNOWN = {("layer_norm", 6000, torch.bfloat16): 24}
-"""Bytes that are known to spill: six registers of 255, with statistics of each row."""
+KNOWN = (
+    {("layer_norm", 6000, torch.bfloat16): 48, ("add_layer_norm", 8192, torch.float16): 8}
+    if IS_OLDEST
+    else {("layer_norm", 6000, torch.bfloat16): 24}
+)
+"""Bytes that are known to spill where all of 255 registers are taken, with statistics of each row: six registers.
+
+By the oldest Triton twelve, and two in the widest tile. Its PTX is another one, of which every ptxas from 12.8 to 13.4
+spills as much, give or take two registers.
+"""
 
 
 @pytest.mark.parametrize(
