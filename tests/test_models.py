@@ -265,7 +265,7 @@ def test_a_model_with_points_can_be_traced_and_exported() -> None:
     assert torch.equal(torch.export.export(model, (x,)).module()(x), model(x))
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.trace. is")
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace")
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("what", ["layers.0.act", "layers.0.sine.c"])
 @pytest.mark.parametrize("strict", [False, True])
