@@ -181,7 +181,7 @@ def test_arguments_are_bound_as_pythons(path: Path) -> None:
         ((x, x, 1, 2), {}, "too many positional arguments"),
         ((x, x), {"scal": 3}, "unexpected keyword argument 'scal'"),
         ((x, x), {"y": x}, "multiple values for argument 'y'"),
-        ((), {"x": x, "y": x}, "'x'.* positional.only"),
+        ((), {"x": x, "y": x}, "('x'.* )?positional.only"),  # where it stands depends on Python
     ]:
         with pytest.raises(TypeError, match=rf"f\(x, /, y, scale=2.0, \*, shift=1\): .*{says}"):
             f(*args, **kwargs)
