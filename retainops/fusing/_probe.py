@@ -63,7 +63,8 @@ def recognised(act: Any) -> str | None:
 
 def _recognised_method(method: MethodType) -> str | None:
     """As diffusers' GEGLU and GELU have one for it; of their attributes it may read `approximate` alone."""
-    if not isinstance(method.__self__, nn.Module) or method.__func__.__module__.split(".")[0] not in LIBRARIES:
+    file = getattr(method.__func__, "__module__", None) or ""  # a method may be of something that has none
+    if not isinstance(method.__self__, nn.Module) or file.split(".")[0] not in LIBRARIES:
         return None
     return _computed(functools.partial(method.__func__, _Approximate(method.__self__)))
 
