@@ -182,10 +182,12 @@ class Slot(Addressee):
             return leaf
         if leaf is not None and not self._may_rebind:
             if not self._adds_up(leaf, shape, dtype, device):
+                alike = (leaf.dtype, leaf.device) == (dtype, device)
+                any_shape = ", or ask for statistics of the whole tensor alone, which take any shape" if alike else ""
                 raise RuntimeError(
                     f"{op}: point '{self.name}' has shape {tuple(shape)}, {dtype}, on {device} here, but its slot "
                     f"holds one of shape {tuple(leaf.shape)}, {leaf.dtype}, on {leaf.device}; call reset() on it "
-                    "between the two, or use one Retained for each"
+                    f"between the two, or use one Retained for each{any_shape}"
                 )
             if self._others is None:
                 self._others = weakref.WeakValueDictionary()

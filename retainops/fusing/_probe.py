@@ -6,6 +6,7 @@ import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Iterator
+from types import MethodType
 from typing import Any
 
 import torch
@@ -45,6 +46,8 @@ def _alone() -> Iterator[torch.Generator]:
 
 def recognised(act: Any) -> str | None:
     """The name of the function that an activation computes, of those that ops have; None: another, or not one alone."""
+    if isinstance(act, MethodType):
+        return _recognised_method(act)
     if not isinstance(act, nn.Module):
         return function_named(act)
     # Calls of one that somebody wrote themselves may do more than to return a value.
@@ -55,12 +58,34 @@ def recognised(act: Any) -> str | None:
     # A slope or a threshold may be set to another value at any time.
     if any(isinstance(v, (int, float)) and not isinstance(v, bool) for v in vars(act).values()):
         return None
+    return _computed(functools.partial(type(act).forward, act))
+
+
+def _recognised_method(method: MethodType) -> str | None:
+    """As diffusers' GEGLU and GELU have one for it; of their attributes it may read `approximate` alone."""
+    file = getattr(method.__func__, "__module__", None) or ""  # a method may be of something that has none
+    if not isinstance(method.__self__, nn.Module) or file.split(".")[0] not in LIBRARIES:
+        return None
+    return _computed(functools.partial(method.__func__, _Approximate(method.__self__)))
+
+
+class _Approximate:
+    """A module that has nothing but that attribute, if it has it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        vars(self).update({name: value for name, value in vars(module).items() if name == "approximate"})
+
+    def __getattr__(self, name: str) -> Any:
+        raise LookupError(name)  # no AttributeError: getattr(self, name, None) is to fail, too
+
+
+def _computed(act: Callable[[torch.Tensor], Any]) -> str | None:
     with _alone():
         x = torch.linspace(-6, 6, 97, dtype=torch.float64)  # in both of GELU's forms they differ by 5e-4
         far = [-1e30, -1e3, 1e3, 1e30, torch.inf]  # some are cut off, at 6 or 10
         x = torch.cat([x, torch.tensor(far, dtype=torch.float64)])
         try:
-            y = type(act).forward(act, x.clone())
+            y = act(x.clone())
             for name in dict.fromkeys(FUNCTIONS.values()) | {"gelu_tanh": None}:
                 if torch.allclose(y, UNARY[name][1](x), rtol=1e-9, atol=1e-9):
                     return name

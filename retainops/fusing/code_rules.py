@@ -75,12 +75,16 @@ def add_norm(module: Any, NORM: str) -> Verdict:
     before=[
         "h = self.LINEAR(X)\nh = ACT(h)",
         "h = self.LINEAR(X)\nh = ACT(h, approximate='tanh')",
+        "h = self.LINEAR(X)\nreturn ACT(h)",
+        "h = self.LINEAR(X)\nreturn ACT(h, approximate='tanh')",
         "ACT(self.LINEAR(X))",
         "ACT(self.LINEAR(X), approximate='tanh')",
     ],
     after=[
         "h = self.fused_bias_act(self.LINEAR, ACT, X)",
         "h = self.fused_bias_act(self.LINEAR, ACT, X, approximate='tanh')",
+        "return self.fused_bias_act(self.LINEAR, ACT, X)",
+        "return self.fused_bias_act(self.LINEAR, ACT, X, approximate='tanh')",
         "self.fused_bias_act(self.LINEAR, ACT, X)",
         "self.fused_bias_act(self.LINEAR, ACT, X, approximate='tanh')",
     ],

@@ -8,6 +8,7 @@ A module may inherit several of these, so each says which op it calls.
 from __future__ import annotations
 
 import inspect
+from types import MethodType
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ Tensor = torch.Tensor
 
 FUNCTION = "_retainops_function"
 """The attribute of an activation module that names its function, set while the module that calls it is fused; of an
-attention module it is the function for rope."""
+attention module it is the function for rope; of a module with a method for its activation what `of_method` reads."""
 
 UNIT_OF = {function: unit for unit, function in UNITS.items()}
 BIASED = {name: find(f"add_{name}") for name in ("relu", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh")}
@@ -55,6 +56,8 @@ def function_of(act: Any, **options: str) -> str | None:
     Args:
         options: what it is called with besides its input: approximate="tanh" of `F.gelu`, or nothing.
     """
+    if isinstance(act, MethodType):
+        return None if options else of_method(act)
     if options:
         return "gelu_tanh" if function_named(act) == "gelu" else None
     if not isinstance(act, nn.Module):
@@ -62,6 +65,16 @@ def function_of(act: Any, **options: str) -> str | None:
     name = act.__dict__.get(FUNCTION) if bare(act) else None
     form = act.__dict__.get("approximate")  # torch.nn.GELU's can be set at any time
     return name if form is None or name is None else "gelu" if form == "none" else "gelu_tanh"
+
+
+def of_method(method: Any) -> str | None:
+    """The name of a method's function, where it is the one that was recognised, and reads what it read then."""
+    module = method.__self__
+    if not isinstance(module, nn.Module) or not isinstance(known := module.__dict__.get(FUNCTION), tuple):
+        return None
+    function, name, approximate = known
+    same = method.__func__ is function and module.__dict__.get("approximate") == approximate
+    return name if same else None
 
 
 def unit_of(act: Any, **options: str) -> str | None:
@@ -103,6 +116,8 @@ class CallsActivation(HoldsPoints):
     def adopt(module: nn.Module, *, ACT: Any, **_: str) -> None:
         if isinstance(ACT, nn.Module):
             ACT.__dict__[FUNCTION] = recognised(ACT)
+        elif isinstance(ACT, MethodType):
+            module.__dict__[FUNCTION] = ACT.__func__, recognised(ACT), module.__dict__.get("approximate")
 
 
 class GatedUnit(CallsActivation, Gated):

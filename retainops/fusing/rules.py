@@ -104,6 +104,16 @@ def multihead_attention(module: Any) -> Verdict:
 
 
 @fuse_rule
+def attention_processor(module: nn.Module) -> Verdict:
+    """Attention that an object calls which is no module, as diffusers' processors do."""
+    kind: Any = type(vars(module).get("processor"))
+    code = getattr(inspect.getattr_static(kind, "__call__", None), "__code__", None)
+    if code is None or {"scaled_dot_product_attention", "dispatch_attention_fn"}.isdisjoint(code.co_names):
+        return None
+    return f"its attention is called by its processor ({kind.__name__}), which is no module"
+
+
+@fuse_rule
 def norm(module: Any) -> Verdict:
     """torch.nn's LayerNorm, RMSNorm and GroupNorm, and timm's."""
     known = (nn.LayerNorm, norms.LayerNorm), (nn.RMSNorm, norms.TorchRMSNorm), (nn.GroupNorm, norms.GroupNorm)
@@ -173,12 +183,15 @@ def rms_norm(module: Any) -> Verdict:
     if has_norm_call(module):  # that call is fused: autocast may make another dtype of what goes through it
         return None
     parameters = dict(module.named_parameters())
+    held = (*parameters.values(), *module.buffers())
+    if not held and norms.epsilon(module) is not None:
+        return "it has no weight"
     if not any(p.dim() == 1 for p in parameters.values()):
         return None
     forwards = [c for c in cls.__mro__[:-1] if c is not nn.Module and "forward" in vars(c)]
     if len(forwards) > 1:
         return f"it overrides the forward of {forwards[1].__name__}"
-    if len(parameters) + len(list(module.buffers())) != 1:
+    if len(held) != 1:
         return "it has more than a weight"
     if norms.weight_of(module) is None:
         return f"its weight is called {next(iter(parameters))}, and none of {', '.join(norms.WEIGHTS)}"

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.nn.functional import silu
 
 import retainops as ro
+from retainops.fusing import _probe
 from tests.fusing.blocks import assert_same, run
 
 Tensor = torch.Tensor
@@ -84,6 +85,18 @@ class BiasGeluTanhBelow(Layers):
         return self.up(x)
 
 
+class BiasAndReturn(Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc(x)
+        return F.relu(x)
+
+
+class BiasAndReturnTanh(Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc(x)
+        return F.gelu(x, approximate="tanh")
+
+
 class BiasTanh(Layers):
     def forward(self, x: Tensor) -> Tensor:
         x = self.fc(x)
@@ -104,6 +117,8 @@ OTHERS = {
     BiasGelu: "bias_act(fc, F.gelu)",
     BiasGeluTanh: "bias_act(fc, F.gelu)",
     BiasGeluTanhBelow: "bias_act(fc, F.gelu)",
+    BiasAndReturn: "bias_act(fc, F.relu)",
+    BiasAndReturnTanh: "bias_act(fc, F.gelu)",
     BiasTanh: "bias_act(fc, torch.tanh)",
 }
 CASES: dict[type[nn.Module], str] = {**GATES, **OTHERS}
@@ -215,6 +230,110 @@ class OfTheFile(Layers):
 def test_what_is_something_else(cls: type[nn.Module]) -> None:
     assert not ro.fuse(cls())
     assert not [name for name in vars(act) if "retainops" in name]
+
+
+class Halved(nn.Module):
+    """As diffusers' GEGLU, whose activation is a method."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(8, 16)
+
+    def gelu(self, gate: Tensor) -> Tensor:
+        return F.gelu(gate.float()).to(gate.dtype) if gate.device.type == "mps" else F.gelu(gate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.proj(x)
+        x, gate = x.chunk(2, dim=-1)
+        return x * self.gelu(gate)
+
+
+class Formed(nn.Module):
+    """As diffusers' GELU, whose method has a form."""
+
+    def __init__(self, approximate: str = "tanh") -> None:
+        super().__init__()
+        self.fc, self.approximate = nn.Linear(8, 8), approximate
+
+    def gelu(self, x: Tensor) -> Tensor:
+        return F.gelu(x, approximate=self.approximate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc(x)
+        x = self.gelu(x)
+        return x  # noqa: RET504  (the lines are what it is about)
+
+
+class Sloped(Formed):
+    """Its method reads something that may be set to another value at any time."""
+
+    slope = 1.0
+
+    def gelu(self, x: Tensor) -> Tensor:
+        return F.gelu(x * getattr(self, "slope", 1.0))
+
+
+@pytest.fixture
+def library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This file counts as a library's."""
+    monkeypatch.setattr(_probe, "LIBRARIES", ("tests",))
+
+
+@pytest.mark.usefixtures("library")
+@pytest.mark.parametrize(
+    ("build", "op", "point"),
+    [
+        (Halved, "gated(gelu)", "gate"),
+        (Formed, "bias_act(fc, gelu)", "c"),
+        (functools.partial(Formed, "none"), "bias_act(fc, gelu)", "c"),
+    ],
+)
+def test_methods(build: Any, op: str, point: str, x: Tensor) -> None:
+    torch._dynamo.reset()
+    model = build()
+    theirs = steps(model, x)
+    assert [row.op for row in ro.fuse(model)] == [op]
+    values: list[Tensor] = []
+    others = pickle.loads(pickle.dumps(model)), torch.compile(model, fullgraph=True, backend="aot_eager")
+    for other in (model, copy.deepcopy(model), *others):
+        with ro.retain(other) as kept:
+            assert_same(steps(other, x), theirs)
+        values.append(kept[point].grad)
+    ro.unfuse(model)
+    assert "retainops" not in str(vars(model))
+    original = model.gelu
+
+    def seen(value: Tensor) -> Tensor:
+        value.retain_grad()
+        values.append(value)
+        return original(value)
+
+    model.gelu = seen
+    steps(model, x)
+    for grad in values[:-1]:
+        torch.testing.assert_close(grad, values[-1].grad)
+
+
+@pytest.mark.usefixtures("library")
+@pytest.mark.parametrize("attribute", ["approximate", "gelu"])
+def test_a_method_that_computes_something_else_later(attribute: str, x: Tensor) -> None:
+    model = Formed()
+    ro.fuse(model)
+    setattr(model, attribute, {"approximate": "none", "gelu": torch.sin}[attribute])
+    with ro.retain(model) as kept:
+        ours = steps(model, x)
+    assert kept.c.grad is not None
+    vars(model).pop("gelu", None)
+    ro.unfuse(model)
+    if attribute == "gelu":
+        model.gelu = torch.sin
+    assert_same(ours, steps(model, x))
+
+
+def test_methods_that_are_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not ro.fuse(Halved())  # somebody's own, which may do more than to return a value
+    monkeypatch.setattr(_probe, "LIBRARIES", ("tests",))
+    assert not ro.fuse(Sloped())
 
 
 class Lazy:

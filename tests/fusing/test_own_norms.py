@@ -240,6 +240,13 @@ class StrangeRMSNorm(Scaled):
         return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * self.mine
 
 
+class WeightlessRMSNorm(nn.Module):
+    eps = 1e-6
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + self.eps).to(x.dtype)
+
+
 class GatedRMSNorm(Scaled):
     """All in one class, as those of Mamba."""
 
@@ -265,6 +272,7 @@ LEFT: dict[type[nn.Module], list[str]] = {
     FixedRMSNorm: ["it has no number as its variance_epsilon, eps, epsilon or norm_eps"],
     NarrowRMSNorm: ["in 16 bits it rounds in other places than any norm of retainops"],
     StrangeRMSNorm: ["its weight is called mine, and none of weight, scale, gamma, gain, alpha, g, w"],
+    WeightlessRMSNorm: ["it has no weight"],
     GatedRMSNorm: ["its forward takes more than its input: gate"],
     Looped: ["functional_norm(F.layer_norm): it is in a loop, and its points would be of several calls"],
     Twice: ["", "functional_norm(F.rms_norm): a second of its kind, whose points would have the same names"],
