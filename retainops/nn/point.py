@@ -72,8 +72,9 @@ class HoldsPoints(nn.Module):
         return tapped(type(self).__name__, name, value, self._requests)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A request belongs to the `with` that made it, which knows nothing of copies.
-        return {**self.__dict__, "_requests": ()}
+        # A request belongs to the `with` that made it, which knows nothing of copies. PyTorch leaves out what calls a
+        # module that was compiled in place: that calls this one, not the copy.
+        return {**super().__getstate__(), "_requests": ()}
 
 
 class Point(HoldsPoints):
