@@ -316,6 +316,22 @@ def test_copies_and_pickles_carry_no_request() -> None:
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["ours", "fused"])
+def test_a_copy_of_a_parametrized_module_carries_no_request(fused: bool) -> None:
+    model = nn.Sequential(nn.LayerNorm(D) if fused else ro.nn.LayerNorm(D))
+    if fused:
+        ro.fuse(model)
+    nn.utils.parametrize.register_parametrization(model[0], "weight", nn.Softplus())
+    x = torch.randn(4, D, requires_grad=True)
+    with ro.retain(model) as kept:
+        other = copy.deepcopy(model)
+        assert requests_in(model)
+        assert not requests_in(other)
+        model(x).sum().backward()
+    torch.testing.assert_close(other(x), model(x))
+    assert kept["0.xhat"].grad is not None
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["ours", "fused"])
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
 def test_a_copy_of_what_was_compiled_in_place_has_weights_of_its_own(
     copied: Callable, fused: bool, fresh_compiler: None
