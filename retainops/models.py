@@ -151,6 +151,10 @@ class Retaining(contextlib.AbstractContextManager[Retained], contextlib.ContextD
         self._arguments = model, what, want
         self._entered: list[Asked] = []
 
+    def _recreate_cm(self) -> Retaining:
+        """For each call of a function that it decorates: calls in two threads may end in any order."""
+        return Retaining(*self._arguments)
+
     def __enter__(self) -> Retained:
         asked = Asked("retain", *self._arguments)
         asked.on()

@@ -15,6 +15,7 @@ from collections.abc import Mapping, MutableMapping
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from retainops.buffers import Into
 from retainops.delivery import Addressee
@@ -39,6 +40,9 @@ class Arrival(NamedTuple):
 
 
 _arrivals = itertools.count()
+
+_UNREAL = [getattr(torch._C._TorchDispatchModeKey, name) for name in ("FAKE", "PROXY", "FUNCTIONAL")]
+"""Modes whose tensors mean nothing outside of them."""
 
 
 class Slot(Addressee):
@@ -207,9 +211,13 @@ class Slot(Addressee):
     @staticmethod
     def _new_leaf(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         # One stored element, whatever the shape: a slot costs no memory until its gradient arrives.
-        is_real = not torch._C._len_torch_dispatch_stack()  # a mode may make tensors that mean nothing outside it
-        zero = _zero(dtype, device) if is_real else torch.zeros((), dtype=dtype, device=device)
-        return zero.expand(shape).requires_grad_()
+        if not torch._C._len_torch_dispatch_stack():
+            return _zero(dtype, device).expand(shape).requires_grad_()
+        if any(torch._C._get_dispatch_mode(key) is not None for key in _UNREAL):
+            return torch.zeros((), dtype=dtype, device=device).expand(shape).requires_grad_()
+        # A selective checkpoint takes what it saved by counting operations, and running forward again makes no leaf.
+        with _disable_current_modes():
+            return _zero(dtype, device).expand(shape).requires_grad_()
 
     def answer(self, op: str, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Answer:
         """For an op's backward: a tensor to write the gradient to, dense and new or the caller's buffer.

@@ -127,7 +127,8 @@ class Watcher:
                 self._over()
             self.begin()
 
-        self._handles += [inner.register_step_pre_hook(before), inner.register_step_post_hook(after)]
+        for register, hook in ((inner.register_step_pre_hook, before), (inner.register_step_post_hook, after)):
+            self._handles.append(register(torch.compiler.disable(hook)))  # in a compiled step it would be traced
         return self
 
     def close(self) -> None:

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 import re
 import threading
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import nn
-from torch.utils.checkpoint import CheckpointError, checkpoint
+from torch.utils.checkpoint import (
+    CheckpointError,
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 import retainops as ro
 from tests.conftest import Path
@@ -174,6 +181,30 @@ def test_models_in_two_threads_do_not_meet() -> None:
         assert_kept(kepts[i], oracle(*models[i], scale=i + 1), names)
 
 
+def test_a_decorated_function_in_two_threads() -> None:
+    """Each call ceases what it asked itself, whichever ends first."""
+    model, _ = make()
+
+    @ro.retain(model, "out")
+    def call(is_in: threading.Event, may_leave: threading.Event) -> None:
+        is_in.set()
+        may_leave.wait(10)
+
+    def start() -> tuple[threading.Thread, threading.Event]:
+        is_in, may_leave = threading.Event(), threading.Event()
+        thread = threading.Thread(target=call, args=(is_in, may_leave))
+        thread.start()
+        is_in.wait(10)
+        return thread, may_leave
+
+    calls = [start(), start()]
+    _, of_the_second = model.out._requests
+    for (thread, may_leave), left in zip(calls, [(of_the_second,), ()], strict=True):
+        may_leave.set()
+        thread.join()
+        assert model.out._requests == left
+
+
 @pytest.mark.parametrize(
     ("use_reentrant", "inside"), [(False, True), (False, False), (True, True)], ids=["inside", "after", "reentrant"]
 )
@@ -189,6 +220,33 @@ def test_checkpoint(model_x: tuple, use_reentrant: bool, inside: bool) -> None:
     if not inside:
         y.sum().backward()
     assert_kept(kept, oracle(model, x), IN_BLOCKS)
+
+
+def test_a_selective_checkpoint_counts_no_operation_of_ours(rand: Callable) -> None:
+    """What its policy saves is found again by how often the operation was called before, a slot's leaf made or not."""
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.point, self.scale = ro.nn.Point(), nn.Parameter(torch.randn(1, 4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.sin(self.point(x) * self.scale.expand(3, 4).contiguous())
+
+    def policy(ctx: object, op: object, *_: object, **__: object) -> CheckpointPolicy:
+        is_saved = op in (torch.ops.aten.expand.default, torch.ops.aten.zeros.default)
+        return CheckpointPolicy.MUST_SAVE if is_saved else CheckpointPolicy.PREFER_RECOMPUTE
+
+    x = rand(3, 4)
+    model = Scaled().to(x.device)
+    saving = functools.partial(create_selective_checkpoint_contexts, policy)
+    results = []
+    for run in (model, functools.partial(checkpoint, model, use_reentrant=False, context_fn=saving)):
+        x.grad = model.scale.grad = None
+        with ro.retain(model) as kept:
+            run(x).sum().backward()
+        results.append((kept["point"].grad, x.grad, model.scale.grad))
+    torch.testing.assert_close(*results)
 
 
 def test_checkpoints_whose_backward_comes_after_the_with(model_x: tuple) -> None:
@@ -255,6 +313,37 @@ def test_copies_and_pickles_carry_no_request() -> None:
             other(x).sum().backward() if other is not others[1] else other(x)
         assert requests_in(model)
     assert all(slot.grad is None for slot in kept.values())
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["ours", "fused"])
+def test_a_copy_of_a_parametrized_module_carries_no_request(fused: bool) -> None:
+    model = nn.Sequential(nn.LayerNorm(D) if fused else ro.nn.LayerNorm(D))
+    if fused:
+        ro.fuse(model)
+    nn.utils.parametrize.register_parametrization(model[0], "weight", nn.Softplus())
+    x = torch.randn(4, D, requires_grad=True)
+    with ro.retain(model) as kept:
+        other = copy.deepcopy(model)
+        assert requests_in(model)
+        assert not requests_in(other)
+        model(x).sum().backward()
+    torch.testing.assert_close(other(x), model(x))
+    assert kept["0.xhat"].grad is not None
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["ours", "fused"])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+def test_a_copy_of_what_was_compiled_in_place_has_weights_of_its_own(
+    copied: Callable, fused: bool, fresh_compiler: None
+) -> None:
+    norm = nn.LayerNorm(D) if fused else ro.nn.LayerNorm(D)
+    if fused:
+        ro.fuse(norm)
+    norm.compile(backend="eager")
+    other = copied(norm)
+    nn.init.zeros_(other.weight)
+    assert not other(torch.randn(4, D)).any()
+    assert norm(torch.randn(4, D)).any()
 
 
 def test_a_model_with_points_can_be_traced_and_exported() -> None:

@@ -301,6 +301,25 @@ def test_compiled_there_are_two_graphs_each_compiled_once(how: str) -> None:
         assert_read(readings, expected, list(expected))
 
 
+@pytest.mark.usefixtures("fresh_compiler")
+def test_attached_to_an_optimizer_whose_step_is_compiled_nothing_of_the_watcher_is() -> None:
+    model, x = make(blocks=1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    @torch.compile(backend="eager")
+    def update() -> None:
+        optimizer.step()
+
+    steps, sink = collect()
+    with ro.watch(model, every=2, to=sink).attach(optimizer):
+        for _ in range(4):
+            model(x).sum().backward()
+            update()
+            optimizer.zero_grad()
+    assert [step for step, _ in steps] == [0, 2]
+    assert len(counters["graph_break"]) == 1  # the call of what is not to be compiled
+
+
 # Several watchers, other models
 
 

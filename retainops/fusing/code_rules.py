@@ -95,8 +95,9 @@ def bias_act(module: Any, LINEAR: str, ACT: Any) -> Verdict:
     name = recognised(ACT)
     if not isinstance(linear, nn.Module) or name not in parts.BIASED:
         return None
-    weight: Any = getattr(linear, "weight", None)
-    if not parts.has_plain_product(linear) or not weight.is_floating_point():
+    # The weight of no other layer is looked at: a parametrized one is computed then, and that may change its state.
+    weight: Any = linear.weight if parts.has_plain_product(linear) else None
+    if weight is None or not weight.is_floating_point():
         linear_like = "linear" in type(linear).__name__.lower()
         return f"{LINEAR} is a {type(linear).__module__}.{type(linear).__name__}" if linear_like else None
     if linear.bias is None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -72,8 +73,24 @@ class HoldsPoints(nn.Module):
         return tapped(type(self).__name__, name, value, self._requests)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A request belongs to the `with` that made it, which knows nothing of copies.
-        return {**self.__dict__, "_requests": ()}
+        # A request belongs to the `with` that made it, which knows nothing of copies. PyTorch leaves out what calls a
+        # module that was compiled in place: that calls this one, not the copy.
+        return {**super().__getstate__(), "_requests": ()}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__deepcopy__" in vars(cls):  # as in the class of a parametrized module: it copies all attributes
+            cls.__deepcopy__ = _without_requests(vars(cls)["__deepcopy__"])  # type: ignore[attr-defined]
+
+
+def _without_requests(deepcopy: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(deepcopy)
+    def call(self: HoldsPoints, memo: dict[int, Any]) -> Any:
+        copied = deepcopy(self, memo)
+        copied.__dict__["_requests"] = ()
+        return copied
+
+    return call
 
 
 class Point(HoldsPoints):

@@ -136,6 +136,14 @@ def test_quantised_layers_are_called_as_they_are(block: Block, x: torch.Tensor) 
 WHY = "its weights are torch.int8"
 
 
+def test_a_parametrized_weight_is_not_computed(block: Block) -> None:
+    """By spectral_norm's, each time that it is looked at, the estimate of the norm moves."""
+    estimate = nn.utils.parametrizations.spectral_norm(block.fc).parametrizations.weight[0]._u
+    before = estimate.clone()
+    assert "fc is a torch.nn.utils.parametrize.ParametrizedLinear" in str(ro.fuse(block))
+    assert torch.equal(estimate, before)
+
+
 def test_layers_of_a_library_that_quantises(block: Block, x: torch.Tensor) -> None:
     class Linear4bit(nn.Linear):
         __module__ = "bitsandbytes.nn.modules"
