@@ -4,6 +4,7 @@ WORKERS ?= auto
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+TIMM := timm==1.0.31# with --no-deps: torchvision, which it asks for, has no build for torch+cpu
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .PHONY: help setup demo test oldest lint check bench docs clean
@@ -16,7 +17,7 @@ $(READY): setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
-	$(BIN)/python -m pip install --quiet --no-deps timm==1.0.31  # torchvision, which it asks for, has no build for torch+cpu
+	$(BIN)/python -m pip install --quiet --no-deps $(TIMM)
 	@touch $(READY)
 
 demo: setup  ## the main job: fit a photograph, keep every layer's interior gradient, draw demo.png
@@ -26,11 +27,11 @@ test: setup  ## the test suite (WORKERS=n to choose how many run at once)
 	$(BIN)/python -m pytest -n $(WORKERS) -q
 
 OLDEST := $(VENV)/oldest
-$(OLDEST)/.ready: $(READY)
+$(OLDEST)/.ready: setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear $(OLDEST)
 	(grep -vE '^(torch|triton)==' constraints.txt; echo 'torch==2.11.0'; echo 'triton==3.6.0') > $(OLDEST)/constraints.txt
 	$(OLDEST)/bin/python -m pip install --quiet --constraint $(OLDEST)/constraints.txt --editable ".[test,bench]"
-	$(OLDEST)/bin/python -m pip install --quiet --no-deps timm==1.0.31
+	$(OLDEST)/bin/python -m pip install --quiet --no-deps $(TIMM)
 	@touch $@
 
 ONLY ?= -k compil

@@ -7,6 +7,7 @@ differentiable input. The op's backward returns the interior's gradient for it, 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import threading
@@ -211,12 +212,11 @@ class Slot(Addressee):
     @staticmethod
     def _new_leaf(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         # One stored element, whatever the shape: a slot costs no memory until its gradient arrives.
-        if not torch._C._len_torch_dispatch_stack():
-            return _zero(dtype, device).expand(shape).requires_grad_()
-        if any(torch._C._get_dispatch_mode(key) is not None for key in _UNREAL):
+        modes = torch._C._len_torch_dispatch_stack()
+        if modes and any(torch._C._get_dispatch_mode(key) is not None for key in _UNREAL):
             return torch.zeros((), dtype=dtype, device=device).expand(shape).requires_grad_()
         # A selective checkpoint takes what it saved by counting operations, and running forward again makes no leaf.
-        with _disable_current_modes():
+        with _disable_current_modes() if modes else contextlib.nullcontext():
             return _zero(dtype, device).expand(shape).requires_grad_()
 
     def answer(self, op: str, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Answer:

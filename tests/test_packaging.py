@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ast
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.triton_version import OLDEST
 
 ROOT = Path(__file__).parent.parent
 
@@ -143,3 +146,10 @@ def test_symlink_is_relative() -> None:
     assert link.is_symlink()
     assert str(link.readlink()) == "../kernels"
     assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_make_oldest_installs_the_oldest_that_is_promised() -> None:
+    promised = dict(re.findall(r'"(torch|triton)>=([\d.]+)', (ROOT / "pyproject.toml").read_text()))
+    installed = dict(re.findall(r"'(torch|triton)==([\d.]+)\.0'", (ROOT / "Makefile").read_text()))
+    assert installed == promised
+    assert promised["triton"] == ".".join(map(str, OLDEST))

@@ -54,10 +54,10 @@ TO_BOTH = Grads(  # a NaN among x and the bounds goes the way that eager's compa
 
 def clamp(input: Any, min: Any = None, max: Any = None) -> Step:
     """The rule: both bounds are inclusive."""
-    numbered = isinstance(min, numbers.Real) or isinstance(max, numbers.Real)
-    grads = TO_X if not TIES_ARE_SHARED else TO_NOBODY if numbered else TO_BOTH
     if min is None and max is None:
         raise Refused("give min or max")
+    numbered = isinstance(min, numbers.Real) or isinstance(max, numbers.Real)
+    grads = TO_X if not TIES_ARE_SHARED else TO_NOBODY if numbered else TO_BOTH
     if min is None:
         return Step((input, max), "minimum({0}, {1})", grads.high, "clamp({0}, max={1})", compares=True)
     if max is None:
