@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from retainops.fusing._patterns import Pattern, Rewriter, Site
+from retainops.fusing._patterns import Pattern, Rewriter, Site, needed, there
 
 Methods = tuple[tuple[str, Any], ...]
 """The names and functions of a class."""
@@ -21,24 +21,37 @@ Methods = tuple[tuple[str, Any], ...]
 
 def sites_of(cls: type, pattern: Pattern, done: tuple[Site, ...] = ()) -> tuple[Site, ...]:
     """Where the methods of a class hold a pattern, once other sites are done; none where there is no source to read."""
-    return _sites_in(methods(cls), pattern, done)
+    return sites_in(methods(cls), pattern, done)
 
 
 @functools.cache
-def _sites_in(functions: Methods, pattern: Pattern, done: tuple[Site, ...]) -> tuple[Site, ...]:
+def sites_in(functions: Methods, pattern: Pattern, done: tuple[Site, ...] = (), owner: int = 0) -> tuple[Site, ...]:
+    """Where some functions hold a pattern; `owner` is the number of the parameter that is the module."""
     found: list[Site] = []
     for name, function in functions:
-        # A function that a class has by another name is of other classes too, which may call it in a loop.
-        if (tree := _parsed(function)) is not None and name in (tree.name, "forward"):
-            tree.name = name
-            _rewrite(tree, [site for site in done if site.method == name])
-            rewriter = Rewriter(tree, pattern, frozenset())
-            rewriter.visit(tree)
+        tree, marks = _read(name, function, tuple(site for site in done if site.method == name), owner)
+        if tree is not None and needed(pattern) <= marks:
+            rewriter = Rewriter(tree, pattern, frozenset(), owner)
+            rewriter.visit(tree)  # which changes nothing: none is wanted
             found += rewriter.sites
     return tuple(found)
 
 
-def rewritten(functions: Methods, sites: tuple[Site, ...]) -> dict[str, FunctionType]:
+@functools.lru_cache(maxsize=64)
+def _read(
+    name: str, function: Any, done: tuple[Site, ...], owner: int
+) -> tuple[ast.FunctionDef | None, frozenset[Any]]:
+    """A method's tree once sites are done, to be looked at alone, and what is there; None: not to be read, or not of
+    this class. A function that a class has by another name is of other classes too, which may call it in a loop."""
+    tree = _parsed(function)
+    if tree is None or name not in (tree.name, "forward"):
+        return None, frozenset()
+    tree.name = name
+    _rewrite(tree, list(done), owner)
+    return tree, there(tree)
+
+
+def rewritten(functions: Methods, sites: tuple[Site, ...], owner: int = 0) -> dict[str, FunctionType]:
     """The methods of a class, as `methods` gives them, with what their patterns say at these sites.
 
     They are made from the source, in the globals of their own module: as those change, so do they.
@@ -53,15 +66,15 @@ def rewritten(functions: Methods, sites: tuple[Site, ...]) -> dict[str, Function
         if tree is None:
             raise LookupError(f"its method {name} has no source that can be read")
         tree.name = name
-        _rewrite(tree, [site for site in sites if site.method == name])
+        _rewrite(tree, [site for site in sites if site.method == name], owner)
         made[name] = _compiled(tree, function)
     return made
 
 
-def _rewrite(tree: ast.FunctionDef, sites: list[Site]) -> None:
+def _rewrite(tree: ast.FunctionDef, sites: list[Site], owner: int) -> None:
     for pattern in dict.fromkeys(site.pattern for site in sites):
         wanted = frozenset(site.place for site in sites if site.pattern == pattern)
-        rewriter = Rewriter(tree, pattern, wanted)
+        rewriter = Rewriter(tree, pattern, wanted, owner)
         rewriter.visit(tree)
         if wanted - {site.place for site in rewriter.sites}:
             raise LookupError(f"{tree.name} is another one than when it was fused: the model's code has changed")

@@ -2,9 +2,9 @@
 
 A pattern is Python. In it a name in capitals stands for any expression but a literal, `self.NAME` in capitals for any
 attribute, and another name for any variable, the same one throughout; one that starts with "_" must be used nowhere
-else. `self` is the first parameter, whatever its name. The name of a function that is called stands for itself; in
-capitals for whatever is called by name, an attribute of self or a global function. Of a call's arguments `*REST` and
-`**REST` stand for those that are left.
+else. `self` is the first parameter, whatever its name; in what processors.py looks at, the second. The name of a
+function that is called stands for itself; in capitals for whatever is called by name, an attribute of self or a global
+function. Of a call's arguments `*REST` and `**REST` stand for those that are left.
 """
 
 from __future__ import annotations
@@ -50,6 +50,32 @@ class Site:
     attributes: tuple[tuple[str, str], ...]
     called: tuple[tuple[str, str], ...]
     looped: bool
+
+
+@functools.cache
+def needed(pattern: Pattern) -> frozenset[Any]:
+    """Kinds of nodes, and names, without which code cannot hold a pattern: looking for these is quick."""
+    statements = ast.parse(textwrap.dedent(pattern.before)).body
+    nodes = [statements[0].value] if isinstance(statements[0], ast.Expr) else statements
+    marks: set[Any] = set()
+    for node in (n for top in nodes for n in ast.walk(top)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.func.id.isupper():
+            marks.add(node.func.id)
+        name = getattr(node, "attr", None) or (node.arg if isinstance(node, ast.keyword) else None)
+        if name is not None and not name.isupper():
+            marks.add(name)
+        # Names may stand for anything, and `*REST` for no argument at all.
+        if not isinstance(node, (ast.Name, ast.expr_context)) and not _rest(node).isupper():
+            marks.add(type(node))
+    return frozenset(marks)
+
+
+def there(tree: ast.AST) -> frozenset[Any]:
+    """The kinds of nodes, and the names, that code has."""
+    marks: set[Any] = set()
+    for node in ast.walk(tree):
+        marks |= {type(node), *(getattr(node, field, None) for field in ("id", "attr", "arg"))}
+    return frozenset(marks)
 
 
 def bind(pattern: Any, node: Any, found: Found) -> bool:
@@ -135,16 +161,22 @@ class _Substitute(ast.NodeTransformer):
 
 
 class Rewriter(ast.NodeTransformer):
-    """Finds a pattern in a method; where `wanted` says so, it puts what is to be there in its place."""
+    """Finds a pattern in a method; where `wanted` says so, it puts what is to be there in its place.
 
-    def __init__(self, method: ast.FunctionDef, pattern: Pattern, wanted: frozenset[tuple[int, int]]) -> None:
+    `self` in the pattern is the method's parameter number `owner`: 1 in a function of another object, to which the
+    module is given.
+    """
+
+    def __init__(
+        self, method: ast.FunctionDef, pattern: Pattern, wanted: frozenset[tuple[int, int]], owner: int = 0
+    ) -> None:
         self.method, self.pattern, self.wanted = method, pattern, wanted
         self.before, self.after = (ast.parse(textwrap.dedent(code)).body for code in (pattern.before, pattern.after))
         self.sites: list[Site] = []
         self.loops = 0
         names = Counter(name for statement in self.before for name in _loads(statement))
         self.uses = {name: n for name, n in names.items() if name.startswith("_")}
-        self.first = next(iter(_parameters(method)), "self")
+        self.owner = next(iter(_parameters(method)[owner:]), "self")
         calls = [n for statement in self.before for n in ast.walk(statement) if isinstance(n, ast.Call)]
         self.callees = {n.func.id for n in calls if isinstance(n.func, ast.Name) and n.func.id.isupper()}
 
@@ -172,12 +204,12 @@ class Rewriter(ast.NodeTransformer):
     def called(self, node: ast.AST) -> str | None:
         """What a callee is to those outside of the method; None: nothing, or not an attribute of self alone."""
         root, *path = ast.unparse(node).split(".")
-        if root == self.first:
+        if root == self.owner:
             return f"self.{path[0]}" if len(path) == 1 else None
         return None if root in self.locals else ast.unparse(node)
 
     def generic_visit(self, node: ast.AST) -> ast.AST:
-        if node is not self.method and self.first in _parameters(node):
+        if node is not self.method and self.owner in _parameters(node):
             return node  # another self
         loops = isinstance(node, LOOPS)
         self.loops += loops
@@ -196,7 +228,7 @@ class Rewriter(ast.NodeTransformer):
         return node
 
     def expression(self, node: ast.AST) -> ast.AST:
-        found: Found = {"self": self.first}
+        found: Found = {"self": self.owner}
         if isinstance(node, ast.expr) and bind(self.before[0].value, node, found) and self.at(node, found):  # type: ignore[attr-defined]
             new = _Substitute(found).visit(copy.deepcopy(self.after[0].value))  # type: ignore[attr-defined]
             return ast.fix_missing_locations(ast.copy_location(new, node))
@@ -205,7 +237,7 @@ class Rewriter(ast.NodeTransformer):
     def statements(self, statements: list[ast.stmt]) -> Iterator[ast.stmt]:
         i, n = 0, len(self.before)
         while i < len(statements):
-            found: Found = {"self": self.first}
+            found: Found = {"self": self.owner}
             window = statements[i : i + n]
             if bind(self.before, window, found) and self.at(window[0], found):
                 for new in copy.deepcopy(self.after):

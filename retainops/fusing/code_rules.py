@@ -11,6 +11,7 @@ from retainops.fusing import norms, parts
 from retainops.fusing._classes import Fused
 from retainops.fusing._probe import FUNCTIONS, recognised, rotates_as_rope
 from retainops.fusing.norm_calls import ANY_CALL, GROUP, LAYER, RMS, NormCall, is_norm
+from retainops.fusing.processors import calls_sdpa
 from retainops.fusing.registry import fuse_rule
 from retainops.fusing.rules import Verdict, has_norm_call
 
@@ -26,8 +27,8 @@ def rope(module: Any) -> Verdict:
 
 @fuse_rule(before=ANY_CALL, after="self.fused_sdpa(FN, *ARGS, **NAMED)")
 def sdpa(module: Any, FN: Any) -> Verdict:
-    """A call of PyTorch's attention function."""
-    if FN is not parts.SDPA:
+    """A call of PyTorch's attention function, or of another that comes to it."""
+    if not calls_sdpa(FN):
         return None
     if getattr(module, "fused_attn", True) is False:
         return "its fused_attn is False, with which timm's attention does not call it"

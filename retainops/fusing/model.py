@@ -15,6 +15,7 @@ from retainops.fusing._code import called, methods, sites_of, unread
 from retainops.fusing._patterns import Site
 from retainops.fusing.code_rules import may_concern
 from retainops.fusing.parts import FUNCTION
+from retainops.fusing.processors import KNOWN
 from retainops.fusing.registry import RULES, Change, Part, Rule
 from retainops.fusing.table import Row, Table
 from retainops.names import listed
@@ -75,7 +76,8 @@ def unfuse(model: nn.Module) -> Table:
     rows = []
     for name, module in list(model.named_modules()):
         kind = type(module).__name__
-        vars(module).pop(FUNCTION, None)
+        for attribute in (FUNCTION, KNOWN):
+            vars(module).pop(attribute, None)
         if is_fused(module) and "forward" in vars(module):  # which may hold the fused one
             rows.append(Row(name, kind, None, "a forward was set on the module itself since; undo that first"))
         elif is_fused(module):

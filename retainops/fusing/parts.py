@@ -8,6 +8,7 @@ A module may inherit several of these, so each says which op it calls.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
@@ -188,15 +189,21 @@ SDPA = F.scaled_dot_product_attention
 
 
 class Sdpa(HoldsPoints):
-    """For a module that calls PyTorch's attention function; its points are s, p and o."""
+    """For a module that calls PyTorch's attention function, or one that does; its points are s, p and o."""
 
     op = ATTENTION
 
     def fused_sdpa(self, function: Any, *args: Any, **named: Any) -> Tensor:
         """function(*args, **named)."""
-        if function is not SDPA:
-            return self.point("o", function(*args, **named))
-        return self.call(*_in_order(*args, **named), op=ATTENTION)
+        if function is SDPA:
+            return self.call(*_in_order(*args, **named), op=ATTENTION)
+        if (known := ATTENTIONS.get(function)) is not None:
+            return known(self, *args, **named)
+        return self.point("o", function(*args, **named))
+
+
+ATTENTIONS: dict[Any, Callable[..., Tensor]] = {}
+"""From functions of other libraries, which come to PyTorch's, to what an `Sdpa` is to do for a call of one."""
 
 
 def _in_order(

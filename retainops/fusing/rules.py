@@ -104,16 +104,6 @@ def multihead_attention(module: Any) -> Verdict:
 
 
 @fuse_rule
-def attention_processor(module: nn.Module) -> Verdict:
-    """Attention that an object calls which is no module, as diffusers' processors do."""
-    kind: Any = type(vars(module).get("processor"))
-    code = getattr(inspect.getattr_static(kind, "__call__", None), "__code__", None)
-    if code is None or {"scaled_dot_product_attention", "dispatch_attention_fn"}.isdisjoint(code.co_names):
-        return None
-    return f"its attention is called by its processor ({kind.__name__}), which is no module"
-
-
-@fuse_rule
 def norm(module: Any) -> Verdict:
     """torch.nn's LayerNorm, RMSNorm and GroupNorm, and timm's."""
     known = (nn.LayerNorm, norms.LayerNorm), (nn.RMSNorm, norms.TorchRMSNorm), (nn.GroupNorm, norms.GroupNorm)

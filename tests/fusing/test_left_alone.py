@@ -160,28 +160,3 @@ def test_layers_of_a_library_that_quantises(block: Block, x: torch.Tensor) -> No
         ("fc", "it is quantised, by bitsandbytes"),
     }
     assert_same(run(block, x), theirs)
-
-
-class Processor:
-    """As diffusers', which are no modules."""
-
-    def __call__(self, attn: Any, x: torch.Tensor) -> torch.Tensor:
-        x = attn.proj(x)
-        return F.scaled_dot_product_attention(x, x, x)
-
-
-class Processed(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.proj, self.processor = nn.Linear(8, 8), Processor()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.processor(self, x)
-
-
-def test_attention_that_a_processor_calls() -> None:
-    model = Processed()
-    (row,) = ro.fuse(model)
-    assert row.why == "its attention is called by its processor (Processor), which is no module"
-    model.processor = len
-    assert not ro.fuse(model)

@@ -1,0 +1,59 @@
+"""diffusers' `dispatch_attention_fn`, whose scores and probabilities can be asked for in a model that is fused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, dispatch_attention_fn
+from torch import Tensor
+
+from retainops.fusing.parts import ATTENTIONS, Sdpa
+from retainops.nn.point import gradients_reach, note_grad_mode
+from retainops.ops.attention import ATTENTION
+
+NATIVE = AttentionBackendName.NATIVE
+
+
+def dispatched(module: Sdpa, *args: Any, **named: Any) -> Tensor:
+    """`dispatch_attention_fn` for a module of these points: while nothing is asked that function itself.
+
+    Its tensors are (batch, tokens, heads, width); the points are those of `ro.attention`, heads before tokens.
+
+    Raises:
+        RuntimeError: a point is asked for, and attention goes to another backend than PyTorch's, "native".
+    """
+    note_grad_mode(module._requests)
+    if not module._requests or not gradients_reach(*args, *named.values()):
+        return dispatch_attention_fn(*args, **named)
+    return _asked(module, *args, **named)
+
+
+def _asked(
+    module: Sdpa,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    attention_kwargs: dict[str, Any] | None = None,
+    *,
+    backend: Any = None,
+    parallel_config: Any = None,
+) -> Tensor:
+    backend = _AttentionBackendRegistry._active_backend if backend is None else backend
+    if backend != NATIVE or parallel_config is not None or attention_kwargs:
+        what = "split over devices" if parallel_config is not None else f"that of the backend {backend!r}"
+        raise RuntimeError(
+            f"{type(module).__name__}: points of its attention are asked for, and it is {what}; they are there with "
+            'model.set_attention_backend("native"), whole'
+        )
+    if attn_mask is not None and attn_mask.shape == (query.shape[0], key.shape[1]):
+        attn_mask = attn_mask[:, None, None]  # of keys
+    q, k, v = (t.transpose(1, 2) for t in (query, key, value))
+    return module.call(q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa, op=ATTENTION).transpose(1, 2)
+
+
+ATTENTIONS[dispatch_attention_fn] = dispatched
