@@ -112,6 +112,14 @@ def run(found: list[Block], folder: Path) -> None:
                 pytest.fail(f"line {block.line} prints:\n{printed.getvalue()}and the page says:\n{block.prints}")
 
 
+def missing_in(block: Block) -> str | None:
+    """What a block needs that is not installed."""
+    if NEEDS_TRITON.search(block.text) and not HAS_TRITON:
+        return "triton"
+    absent = importlib.util.find_spec("diffusers") is None
+    return "diffusers" if absent and re.search("^import diffusers", block.text, re.MULTILINE) else None
+
+
 def load(name: str, file: Path) -> None:
     """Make a file importable as a module of the package."""
     spec = importlib.util.spec_from_file_location(name, file)
@@ -151,11 +159,11 @@ def test_code_runs(page: Path, scratch: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     torch._dynamo.reset()
     found = blocks(page.read_text())
-    needs = [i for i, block in enumerate(found) if NEEDS_TRITON.search(block.text)]
-    first = len(found) if HAS_TRITON or not needs else needs[0]
+    missing = [(i, package) for i, block in enumerate(found) if (package := missing_in(block)) is not None]
+    first, package = missing[0] if missing else (len(found), None)
     run(found[:first], scratch)
-    if first < len(found):
-        pytest.skip(f"triton is not installed: ran the page as far as line {found[first].line}")
+    if package is not None:
+        pytest.skip(f"{package} is not installed: ran the page as far as line {found[first].line}")
 
 
 @over_pages

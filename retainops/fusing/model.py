@@ -33,7 +33,7 @@ def fuse(model: nn.Module, *, rules: Sequence[Rule | str] | None = None) -> Tabl
     What is not known for certain is left as it is. A model that is fused already is not changed.
 
     Args:
-        model: any module: of torch.nn, of transformers, of timm, or of your own; compiled or not.
+        model: any module: of torch.nn, transformers, timm, diffusers, or your own; compiled or not.
         rules: which rules, by name or as `ro.fuse_rule` gives them; None: every one that is registered.
 
     Returns:
