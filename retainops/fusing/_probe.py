@@ -133,28 +133,30 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def same_norm(
     module: Any, forward: Callable[[Any, torch.Tensor], torch.Tensor], dtypes: tuple[torch.dtype, ...] = DTYPES
 ) -> bool:
-    """Whether a norm whose only parameter is its weight computes what `forward` does, in each mix of dtypes.
+    """Whether a norm that has a weight or nothing computes what `forward` does, in each mix of dtypes.
 
     Values of 16 bits have to be the same but for one in a hundred: then both round in the same places. It is tried in
     training and in evaluation, on inputs of two to four dims, whose sizes all differ.
     """
-    ((name, weight),) = module.named_parameters()
+    weight = next(((name, weight.numel()) for name, weight in module.named_parameters()), None)
     state = tuple((k, v) for k, v in vars(module).items() if isinstance(v, (int, float, str, bool, type(None))))
     state = tuple((k, v) for k, v in state if k != "training")
+    empty = tuple(name for name, parameter in module._parameters.items() if parameter is None)
     cls: Any = type(module)
-    return _same_norm(cls, cls.forward, name, weight.numel(), state, forward, dtypes)
+    return _same_norm(cls, cls.forward, weight, empty, state, forward, dtypes)
 
 
 @functools.cache
 def _same_norm(
     cls: Any,
     original: Any,
-    name: str,
-    size: int,
+    weight: tuple[str, int] | None,
+    empty: tuple[str, ...],
     state: tuple[Any, ...],
     forward: Callable[..., Any],
     dtypes: tuple[torch.dtype, ...],
 ) -> bool:
+    name, size = weight or (None, 5)
     others = [n for n in (2, 3, 4, 6) if n != size]
     shapes = (6 if size != 6 else 7, size), (*others[:2], size), (*others[:3], size)
     with _alone() as generator:
@@ -162,16 +164,19 @@ def _same_norm(
             for dtype in dict.fromkeys((torch.float32, x_dtype)):
                 module = object.__new__(cls)  # a class made by `fully_shard` gives an object of another one
                 nn.Module.__init__(module)
-                weight = nn.Parameter(torch.randn(size, generator=generator).to(dtype))
                 vars(module).update(state)
-                module.register_parameter(name, weight)
                 module.training = training
+                for other in empty:
+                    module.register_parameter(other, None)
                 x = (3 * torch.randn(shape, generator=generator)).to(x_dtype).requires_grad_()
+                leaves = [x]
+                if name is not None:
+                    leaves.append(nn.Parameter(torch.randn(size, generator=generator).to(dtype)))
+                    module.register_parameter(name, leaves[1])
                 try:
                     theirs, ours = original(module, x), forward(module, x)
                     if not _same_values(theirs, ours):
                         return False
-                    leaves = [x, weight]
                     if x_dtype == torch.float32 and not _agree(theirs, ours, leaves, generator, rtol=1e-5):
                         return False
                 except Exception:

@@ -174,16 +174,14 @@ def rms_norm(module: Any) -> Verdict:
         return None
     parameters = dict(module.named_parameters())
     held = (*parameters.values(), *module.buffers())
-    if not held and norms.epsilon(module) is not None:
-        return "it has no weight"
-    if not any(p.dim() == 1 for p in parameters.values()):
+    if held and not any(p.dim() == 1 for p in parameters.values()):
         return None
     forwards = [c for c in cls.__mro__[:-1] if c is not nn.Module and "forward" in vars(c)]
     if len(forwards) > 1:
         return f"it overrides the forward of {forwards[1].__name__}"
-    if len(held) != 1:
+    if len(held) > 1:
         return "it has more than a weight"
-    if norms.weight_of(module) is None:
+    if held and norms.weight_of(module) is None:
         return f"its weight is called {next(iter(parameters))}, and none of {', '.join(norms.WEIGHTS)}"
     if more := list(inspect.signature(cls.forward).parameters)[2:]:
         return f"its forward takes more than its input: {', '.join(more)}"
@@ -194,7 +192,7 @@ def rms_norm(module: Any) -> Verdict:
     if (why := _no_room(eps)) is not None:
         return why
     rounding = norms.LlamaRMSNorm, norms.GemmaRMSNorm, norms.RMSNorm, norms.UnitOffsetRMSNorm, norms.T5RMSNorm
-    kinds = (*rounding, norms.CohereLayerNorm)
+    kinds = (*(rounding if held else (norms.RMSNorm,)), norms.CohereLayerNorm)
     if (fits := next((kind for kind in kinds if same_norm(module, kind.plain)), None)) is not None:
         return fits
     if any(same_norm(module, kind.plain, (torch.float32,)) for kind in kinds):

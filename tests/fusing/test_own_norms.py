@@ -129,6 +129,30 @@ class AroundTheMeanLayerNorm(Scaled):
         return (self.scale.to(torch.float32) * wide).to(x.dtype)
 
 
+class WeightlessRMSNorm(nn.Module):
+    """LTX-Video's, as diffusers has it; nanochat's is one, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.eps, self.weight = 1e-6, None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x * torch.rsqrt(x.to(torch.float32).pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+class EmptyLayerNorm(nn.Module):
+    eps = 1e-6
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_parameter("bias", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.bias is None
+        wide = x.float() - x.float().mean(-1, keepdim=True)
+        return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
 def of_timm() -> nn.Module:
     return import_timm().layers.RmsNorm(N)
 
@@ -148,9 +172,15 @@ WRITTEN: dict[str, Callable[[], nn.Module]] = {
     "LitGPT, offset": lambda: LitRMSNorm(True),
     "other names": GammaRMS_Norm,
     "around the mean": AroundTheMeanLayerNorm,
+    "no weight, written": WeightlessRMSNorm,
+    "no weight, around the mean": EmptyLayerNorm,
 }
 OPS = {name: f"functional_norm({function})" for name, (_, function) in CALLS.items()}
-OPS |= {**dict.fromkeys(WRITTEN, "rms_norm"), "around the mean": "layer_norm"}
+OPS |= {
+    **dict.fromkeys(WRITTEN, "rms_norm"),
+    "around the mean": "layer_norm",
+    "no weight, around the mean": "layer_norm",
+}
 MAKERS: dict[str, Callable[[], nn.Module]] = {name: make for name, (make, _) in CALLS.items()} | WRITTEN
 over_norms = pytest.mark.parametrize("name", OPS)
 
@@ -194,7 +224,7 @@ def test_the_point(name: str, compiled: bool) -> None:
     torch.testing.assert_close(kept["xhat"].grad, dy * (weight + ("offset" in name)))
 
 
-@pytest.mark.parametrize("name", ["torchtune", "LitGPT, offset", "around the mean"])
+@pytest.mark.parametrize("name", ["torchtune", "LitGPT, offset", "around the mean", "no weight, written"])
 def test_a_sum_and_its_norm(name: str) -> None:
     class Sum(nn.Module):
         def __init__(self) -> None:
@@ -240,7 +270,7 @@ class StrangeRMSNorm(Scaled):
         return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * self.mine
 
 
-class WeightlessRMSNorm(nn.Module):
+class RoundedRMSNorm(nn.Module):
     eps = 1e-6
 
     def forward(self, x: Tensor) -> Tensor:
@@ -272,7 +302,7 @@ LEFT: dict[type[nn.Module], list[str]] = {
     FixedRMSNorm: ["it has no number as its variance_epsilon, eps, epsilon or norm_eps"],
     NarrowRMSNorm: ["in 16 bits it rounds in other places than any norm of retainops"],
     StrangeRMSNorm: ["its weight is called mine, and none of weight, scale, gamma, gain, alpha, g, w"],
-    WeightlessRMSNorm: ["it has no weight"],
+    RoundedRMSNorm: ["in 16 bits it rounds in other places than any norm of retainops"],
     GatedRMSNorm: ["its forward takes more than its input: gate"],
     Looped: ["functional_norm(F.layer_norm): it is in a loop, and its points would be of several calls"],
     Twice: ["", "functional_norm(F.rms_norm): a second of its kind, whose points would have the same names"],
