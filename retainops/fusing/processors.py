@@ -6,6 +6,7 @@ calls a copy of its class's `__call__`, made from the source, in which the modul
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import inspect
@@ -32,7 +33,8 @@ GIVEN = 1
 def calls_sdpa(function: Any) -> bool:
     """Whether it is PyTorch's attention, or comes to it."""
     if getattr(function, "__module__", None) == DIFFUSERS and DIFFUSERS in sys.modules:
-        importlib.import_module("retainops.integrations.diffusers")
+        with contextlib.suppress(ImportError):  # of a version that has other names
+            importlib.import_module("retainops.integrations.diffusers")
     return function is SDPA or (isinstance(function, FunctionType) and function in ATTENTIONS)
 
 

@@ -43,7 +43,8 @@ def _asked(
     backend: Any = None,
     parallel_config: Any = None,
 ) -> Tensor:
-    backend = _AttentionBackendRegistry._active_backend if backend is None else backend
+    if backend is None:
+        backend, _ = _AttentionBackendRegistry.get_active_backend()
     if backend != NATIVE or parallel_config is not None or attention_kwargs:
         what = "split over devices" if parallel_config is not None else f"that of the backend {backend!r}"
         raise RuntimeError(
