@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from retainops.fusing._code import called, methods, sites_of
 from retainops.fusing._patterns import Pattern
-from retainops.fusing.norms import as_autocast_has_it
+from retainops.fusing.norms import as_autocast_has_it, as_pytorch_has_it
 from retainops.nn.point import HoldsPoints, gradients_reach
 from retainops.ops.group_norm import GROUP_NORM
 from retainops.ops.norm import LAYER_NORM, RMS_NORM, eps_of
@@ -52,7 +52,7 @@ class NormCall(HoldsPoints):
             found = in_order(*args, **named)
         if not isinstance(found, str):
             op, (x, *rest) = found
-            return self.call(as_autocast_has_it(x), *rest, op=op)
+            return self.call(as_pytorch_has_it(x, op is not LAYER_NORM), *rest, op=op)
         y: Tensor = function(*args, **named)
         if any("xhat" in request for request in self._requests) and gradients_reach(y):
             name = getattr(function, "__name__", "function")

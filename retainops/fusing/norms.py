@@ -48,16 +48,17 @@ class OfSum(Norm):
 
 
 class TorchNorm(Norm):
-    """Autocast on CUDA computes torch.nn's norms in float32, and returns that."""
+    """Autocast on CUDA computes torch.nn's norms in float32, and returns that; they return it contiguous."""
 
     normalized_shape: tuple[int, ...] = ()
+    channels_last = False
 
     def forward(self, x: Tensor) -> Tensor:
         if x.is_nested and x.layout == torch.strided:  # which has no shape
             return self.fused_from.forward(self, x)  # type: ignore[union-attr]
         if self.normalized_shape and x.shape[-1:] != self.normalized_shape:
             F.layer_norm(x, self.normalized_shape)  # the error that PyTorch raises
-        return super().forward(as_autocast_has_it(x))
+        return super().forward(as_pytorch_has_it(x, self.channels_last))
 
 
 def _widened(x: Tensor) -> bool:
@@ -67,6 +68,21 @@ def _widened(x: Tensor) -> bool:
 def as_autocast_has_it(x: Tensor) -> Tensor:
     """What autocast makes of the input of PyTorch's norms and softmax."""
     return x.float() if _widened(x) else x
+
+
+def as_pytorch_has_it(x: Tensor, channels_last: bool = False) -> Tensor:
+    """The input of PyTorch's norms as they have it: what they return is contiguous, or `channels_last` if x is.
+
+    An op's output has the strides of its input, and a model's code may take a view of it.
+    """
+    x = as_autocast_has_it(x)
+    format: Any = CHANNELS_LAST.get(x.dim()) if channels_last else None
+    if x.is_nested or (format is not None and x.is_contiguous(memory_format=format)):
+        return x
+    return x.contiguous()
+
+
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 class LayerNorm(TorchNorm):
@@ -84,7 +100,7 @@ class LayerNormOfSum(LayerNorm, OfSum):
     op, alone = ADD_LAYER_NORM, LAYER_NORM
 
     def takes_sum(self, x: Tensor) -> bool:
-        return not (_widened(x) or x.is_nested)
+        return not (_widened(x) or x.is_nested) and x.is_contiguous()
 
 
 class LayerNorm2d(LayerNorm):
@@ -97,7 +113,7 @@ class LayerNorm2d(LayerNorm):
 class GroupNorm(TorchNorm):
     """torch.nn.GroupNorm."""
 
-    op = GROUP_NORM
+    op, channels_last = GROUP_NORM, True
 
     def arguments(self, x: Tensor) -> tuple[Any, ...]:
         return self.num_groups, self.weight, self.bias, self.eps
@@ -106,7 +122,7 @@ class GroupNorm(TorchNorm):
 class TorchRMSNorm(TorchNorm):
     """torch.nn.RMSNorm over one dim."""
 
-    op = RMS_NORM
+    op, channels_last = RMS_NORM, True
 
     def arguments(self, x: Tensor) -> tuple[Any, ...]:
         return self.weight, eps_of(x) if self.eps is None else self.eps, 0.0, False
@@ -254,7 +270,7 @@ class Softmax(HoldsPoints):
         x = as_autocast_has_it(x)
         if self.dim in (-1, x.dim() - 1):
             return self.call(x, 1.0, None, False)
-        return self.call(x.movedim(self.dim, -1), 1.0, None, False).movedim(-1, self.dim)
+        return self.call(x.movedim(self.dim, -1), 1.0, None, False).movedim(-1, self.dim).contiguous()
 
 
 class LogSoftmax(Softmax):
