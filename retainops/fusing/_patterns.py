@@ -25,6 +25,9 @@ Found = dict[str, Any]
 attribute."""
 
 
+Place = tuple[int, int, int, int]
+
+
 @dataclass(frozen=True)
 class Pattern:
     """Code, and what to put in its place."""
@@ -38,7 +41,7 @@ class Site:
     """Where a method holds a pattern.
 
     Attributes:
-        method, pattern: which, and the place: line and column within the method.
+        method, pattern, place: which, and its lines and columns, of start and end: a * b * c starts where a * b does.
         attributes: (name in the pattern, attribute) of each `self.NAME`.
         called: (name in the pattern, what is called) of each `NAME(...)`: "self.act", "F.silu".
         looped: whether it is in a loop.
@@ -46,7 +49,7 @@ class Site:
 
     method: str
     pattern: Pattern
-    place: tuple[int, int]
+    place: Place
     attributes: tuple[tuple[str, str], ...]
     called: tuple[tuple[str, str], ...]
     looped: bool
@@ -167,9 +170,7 @@ class Rewriter(ast.NodeTransformer):
     module is given.
     """
 
-    def __init__(
-        self, method: ast.FunctionDef, pattern: Pattern, wanted: frozenset[tuple[int, int]], owner: int = 0
-    ) -> None:
+    def __init__(self, method: ast.FunctionDef, pattern: Pattern, wanted: frozenset[Place], owner: int = 0) -> None:
         self.method, self.pattern, self.wanted = method, pattern, wanted
         self.before, self.after = (ast.parse(textwrap.dedent(code)).body for code in (pattern.before, pattern.after))
         self.sites: list[Site] = []
@@ -195,7 +196,7 @@ class Rewriter(ast.NodeTransformer):
         called = {name: self.called(found[name]) for name in self.callees}
         if None in called.values():
             return False
-        place = (node.lineno, node.col_offset)  # type: ignore[attr-defined]
+        place = (node.lineno, node.col_offset, node.end_lineno, node.end_col_offset)  # type: ignore[attr-defined]
         attributes = tuple((k, v) for k, v in found.items() if isinstance(v, str) and k.isupper())
         callees = tuple((k, v) for k, v in called.items() if v is not None)
         self.sites.append(Site(self.method.name, self.pattern, place, attributes, callees, self.loops > 0))

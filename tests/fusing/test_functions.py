@@ -61,6 +61,13 @@ class GLU(Layers):
         return self.fc(self.up(x) * torch.sigmoid(self.gate(x)))
 
 
+class OfThree(Layers):
+    """The product that is no unit starts where the one that is one does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(x) * torch.sigmoid(self.gate(x)) * self.fc(x)
+
+
 class Packed(Layers):
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.fc(x).chunk(2, dim=-1)
@@ -111,6 +118,7 @@ GATES = {
     TanhFirst: "gated(F.gelu)",
     TanhLast: "gated(F.gelu)",
     GLU: "gated(torch.sigmoid)",
+    OfThree: "gated(torch.sigmoid)",
 }
 OTHERS = {
     Packed: "gated(F.relu)",
