@@ -37,6 +37,10 @@ def sites_in(functions: Methods, pattern: Pattern, done: tuple[Site, ...] = (), 
     return tuple(found)
 
 
+EXPERTS_GATE = "_apply_gate"
+"""By this name transformers gives a function to its classes of experts, and calls it once for all of them."""
+
+
 @functools.lru_cache(maxsize=64)
 def _read(
     name: str, function: Any, done: tuple[Site, ...], owner: int
@@ -44,7 +48,7 @@ def _read(
     """A method's tree once sites are done, to be looked at alone, and what is there; None: not to be read, or not of
     this class. A function that a class has by another name is of other classes too, which may call it in a loop."""
     tree = _parsed(function)
-    if tree is None or name not in (tree.name, "forward"):
+    if tree is None or name not in (tree.name, "forward", EXPERTS_GATE):
         return None, frozenset()
     tree.name = name
     _rewrite(tree, list(done), owner)

@@ -14,8 +14,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from retainops.ops.pointwise import UNARY
-from retainops.ops.rope import ROPE
-from retainops.points import unretained
 
 FUNCTIONS: dict[Callable[..., Any], str] = {
     F.relu: "relu",
@@ -33,7 +31,7 @@ LIBRARIES = ("torch", "torchvision", "transformers", "timm", "diffusers")
 
 
 @contextlib.contextmanager
-def _alone() -> Iterator[torch.Generator]:
+def alone() -> Iterator[torch.Generator]:
     """Whatever is in force around: gradients, no autocast, CPU tensors, and random numbers that nobody misses."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
@@ -80,7 +78,7 @@ class _Approximate:
 
 
 def _computed(act: Callable[[torch.Tensor], Any]) -> str | None:
-    with _alone():
+    with alone():
         x = torch.linspace(-6, 6, 97, dtype=torch.float64)  # in both of GELU's forms they differ by 5e-4
         far = [-1e30, -1e3, 1e3, 1e30, torch.inf]  # some are cut off, at 6 or 10
         x = torch.cat([x, torch.tensor(far, dtype=torch.float64)])
@@ -102,21 +100,7 @@ def function_named(function: Any) -> str | None:
         return None
 
 
-@functools.cache
-def rotates_as_rope(function: Callable[..., Any]) -> bool:
-    """Whether a function of (q, k, cos, sin) is `rope` of halves."""
-    with _alone() as generator:
-        shapes = (2, 3, 5, 8), (2, 1, 5, 8), (2, 5, 8), (2, 5, 8)
-        inputs = [torch.randn(s, generator=generator, dtype=torch.float64, requires_grad=True) for s in shapes]
-        try:
-            theirs = function(*inputs)
-            ours = ROPE.reference(*inputs, False, False, unretained)
-            return _agree(theirs, ours, inputs[:2], generator)
-        except Exception:
-            return False
-
-
-def _agree(theirs: Any, ours: Any, leaves: list[Any], generator: torch.Generator, rtol: float = 1e-9) -> bool:
+def agree(theirs: Any, ours: Any, leaves: list[Any], generator: torch.Generator, rtol: float = 1e-9) -> bool:
     """Whether outputs and gradients of random projections of them are the same up to rounding."""
     theirs, ours = ((y,) if isinstance(y, torch.Tensor) else tuple(y) for y in (theirs, ours))
     if [(y.shape, y.dtype) for y in theirs] != [(y.shape, y.dtype) for y in ours]:
@@ -159,7 +143,7 @@ def _same_norm(
     name, size = weight or (None, 5)
     others = [n for n in (2, 3, 4, 6) if n != size]
     shapes = (6 if size != 6 else 7, size), (*others[:2], size), (*others[:3], size)
-    with _alone() as generator:
+    with alone() as generator:
         for shape, training, x_dtype in itertools.product(shapes, (True, False), dtypes):
             for dtype in dict.fromkeys((torch.float32, x_dtype)):
                 module = object.__new__(cls)  # a class made by `fully_shard` gives an object of another one
@@ -177,7 +161,7 @@ def _same_norm(
                     theirs, ours = original(module, x), forward(module, x)
                     if not _same_values(theirs, ours):
                         return False
-                    if x_dtype == torch.float32 and not _agree(theirs, ours, leaves, generator, rtol=1e-5):
+                    if x_dtype == torch.float32 and not agree(theirs, ours, leaves, generator, rtol=1e-5):
                         return False
                 except Exception:
                     return False

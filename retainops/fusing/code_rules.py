@@ -9,20 +9,11 @@ from torch import nn
 
 from retainops.fusing import norms, parts
 from retainops.fusing._classes import Fused
-from retainops.fusing._probe import FUNCTIONS, recognised, rotates_as_rope
+from retainops.fusing._probe import FUNCTIONS, recognised
 from retainops.fusing.norm_calls import ANY_CALL, GROUP, LAYER, RMS, NormCall, is_norm
 from retainops.fusing.processors import calls_sdpa
 from retainops.fusing.registry import fuse_rule
 from retainops.fusing.rules import Verdict, has_norm_call
-
-
-@fuse_rule(before="apply_rotary_pos_emb(Q, K, COS, SIN)", after="self.fused_rope(apply_rotary_pos_emb, Q, K, COS, SIN)")
-def rope(module: Any) -> Verdict:
-    """Hugging Face's function for it."""
-    function = inspect.unwrap(type(module).forward).__globals__.get("apply_rotary_pos_emb")
-    if function is None or not rotates_as_rope(function):
-        return "its apply_rotary_pos_emb is not that of rope"
-    return parts.Rotary
 
 
 @fuse_rule(before=ANY_CALL, after="self.fused_sdpa(FN, *ARGS, **NAMED)")

@@ -17,6 +17,7 @@ from retainops.fusing.code_rules import may_concern
 from retainops.fusing.parts import FUNCTION
 from retainops.fusing.processors import KNOWN
 from retainops.fusing.registry import RULES, Change, Part, Rule
+from retainops.fusing.rotary import TURNS
 from retainops.fusing.table import Row, Table
 from retainops.names import listed
 from retainops.nn.guests import requests_of
@@ -76,7 +77,7 @@ def unfuse(model: nn.Module) -> Table:
     rows = []
     for name, module in list(model.named_modules()):
         kind = type(module).__name__
-        for attribute in (FUNCTION, KNOWN):
+        for attribute in (FUNCTION, KNOWN, TURNS):
             vars(module).pop(attribute, None)
         if is_fused(module) and "forward" in vars(module):  # which may hold the fused one
             rows.append(Row(name, kind, None, "a forward was set on the module itself since; undo that first"))

@@ -7,7 +7,6 @@ A module may inherit several of these, so each says which op it calls.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from types import MethodType
 from typing import Any
@@ -24,14 +23,13 @@ from retainops.nn.gated import Gated
 from retainops.nn.point import HoldsPoints
 from retainops.ops.attention import ATTENTION
 from retainops.ops.gated import GATED, PACKED, UNITS
-from retainops.ops.rope import ROPE
 from retainops.registry import PointInfo, find
 
 Tensor = torch.Tensor
 
 FUNCTION = "_retainops_function"
-"""The attribute of an activation module that names its function, set while the module that calls it is fused; of an
-attention module it is the function for rope; of a module with a method for its activation what `of_method` reads."""
+"""The attribute of an activation module that names its function, set while the module that calls it is fused; of a
+module with a method for its activation what `of_method` reads."""
 
 UNIT_OF = {function: unit for unit, function in UNITS.items()}
 BIASED = {name: find(f"add_{name}") for name in ("relu", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh")}
@@ -162,26 +160,6 @@ def has_plain_product(linear: Any) -> bool:
     """Whether a layer is torch's Linear or transformers' Conv1D, and not something made of one."""
     cls = type(linear)
     return cls is nn.Linear or (cls.__name__, cls.__module__) == ("Conv1D", "transformers.pytorch_utils")
-
-
-class Rotary(HoldsPoints):
-    """For an attention module that applies rope by a function; its points are q_rot and k_rot."""
-
-    op = ROPE
-
-    @staticmethod
-    def adopt(module: nn.Module) -> None:
-        module.__dict__[FUNCTION] = inspect.unwrap(type(module).forward).__globals__["apply_rotary_pos_emb"]
-
-    def fused_rope(self, function: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """function(q, k, cos, sin)."""
-        known = self.__dict__.get(FUNCTION) is function  # and not another that its file has by now
-        if known and all(t.dtype == q.dtype for t in (k, cos, sin)) and cos.dim() == 3 and cos.shape[-1] == q.shape[-1]:
-            q_rot, k_rot = self.call(q, k, cos, sin, False, False, op=ROPE)
-        else:
-            q_rot, k_rot = function(q, k, cos, sin)
-            q_rot, k_rot = self.point("q_rot", q_rot), self.point("k_rot", k_rot)
-        return q_rot, k_rot
 
 
 SDPA = F.scaled_dot_product_attention
