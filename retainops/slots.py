@@ -217,7 +217,11 @@ class Slot(Addressee):
             return torch.zeros((), dtype=dtype, device=device).expand(shape).requires_grad_()
         # A selective checkpoint takes what it saved by counting operations, and running forward again makes no leaf.
         with _disable_current_modes() if modes else contextlib.nullcontext():
-            return _zero(dtype, device).expand(shape).requires_grad_()
+            zero = _zero(dtype, device)
+            # Of one element or none it would count as dense, a gradient would be cloned to its strides, and adding to
+            # one of stride 0 autograd warns.
+            few = len(shape) > 0 and shape.numel() <= 1
+            return (zero.new_zeros(shape) if few else zero.expand(shape)).requires_grad_()
 
     def answer(self, op: str, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Answer:
         """For an op's backward: a tensor to write the gradient to, dense and new or the caller's buffer.

@@ -385,3 +385,12 @@ def test_statistics_that_do_not_add_up_over_shapes(path: Path, ab: tuple) -> Non
         ro.mul_sin(a, b, retain=kept)
         with pytest.raises(RuntimeError, match=r"shape \(3, 50\).*holds one of shape \(6, 50\).*reset\(\)"):
             ro.mul_sin(a[:3], b, retain=kept)
+
+
+@pytest.mark.parametrize("shape", [(1,), (1, 1), (1, 0), ()], ids=str)
+def test_one_element_or_none_accumulates_without_a_warning(path: Path, shape: tuple[int, ...]) -> None:
+    kept, x = ro.Retained("c"), random_leaves(path.device)(*shape)
+    for _ in range(2):  # warnings are errors in this suite
+        ro.point(x * 2, "c", retain=kept).sum().backward()
+    assert kept.c.grad.eq(2).all()
+    assert kept.c.grad.is_contiguous()

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from retainops.buffers import share_memory
-from retainops.ops._operands import Grad, Kept, Seed, key_of, listener, maker_of
+from retainops.ops._operands import Grad, Kept, KeptSum, Seed, key_of, listener, maker_of
 from retainops.ops._saved import Unread
 from retainops.ops._walk import Walk, walk
 
@@ -44,7 +44,9 @@ class Prepared(NamedTuple):
 
 MOST = 4096
 """Launches that are remembered. When there are more all are forgotten, and prepared again as they come."""
-_prepared: dict[Hashable, Prepared] = {}
+APART = "apart"
+"""In the place of a launch: it is two, of the gradients and of the points."""
+_prepared: dict[Hashable, Prepared | str] = {}
 forgotten: list[Callable[[], None]] = [_prepared.clear]
 """What forgets all that is remembered of launches."""
 
@@ -92,12 +94,18 @@ def launch(
     constant = [id(x) if type(x) is triton.JITFunction else x for x in constants.values()]
     key = (id(kernel), shape, held, device, *map(key_of, flat), *constant)
     known = _prepared.get(key)
-    if known is not None:
+    if isinstance(known, Prepared):
         _start(known.start, device, *known.arguments(operands), *known.tail)
-    else:
+        return
+    if known is None:
         if len(_prepared) >= MOST:
             _prepared.clear()
-        _prepared[key] = _first(kernel, shape, held, operands, flat, walked, programs, constants)
+        if not _reordered(shape, flat, walked):
+            _prepared[key] = _first(kernel, shape, held, operands, flat, walked, programs, constants)
+            return
+        _prepared[key] = APART
+    for some in (_each(operands, _no_point), _each(operands, _no_gradient)):
+        launch(kernel, shape, dtype, *some, walked=walked, programs=programs, **constants)
 
 
 def launch_as_it_is(kernel: Any, programs: int, device: torch.device, *arguments: Any, **constants: Any) -> None:
@@ -132,12 +140,7 @@ def _first(
     constants: dict[str, Any],
 ) -> Prepared:
     """Launch through Triton; what to do the next time."""
-    written = [x for x in flat if hasattr(x, "summed")]
-    tensors = [t for x in flat if isinstance(t := getattr(x, "tensor", x), torch.Tensor) and not isinstance(x, Seed)]
-    summed = [small for x in written for small in x.summed]
-    gradients = [small for x in written if isinstance(x, Grad) for small in x.summed]
-    numbered = [x.shape for x in flat if isinstance(x, Seed)]
-    way = (walked or walk)(shape, tensors, summed, numbered, gradients)
+    way = _way(shape, flat, walked)
     grid = (programs(way) if programs else way.grid[0], 1, 1)
     constants = {name: x(way) if isinstance(x, FunctionType) else x for name, x in constants.items()}
     dtype = tl.float64 if held == torch.float64 else tl.float32
@@ -149,6 +152,35 @@ def _first(
     compiled = kernel[grid](*given, way.shape, dtype, *way.block, **constants, num_warps=way.warps)
     tail = (way.shape, dtype, *way.block, *(constants[name] for name in kernel.arg_names[len(given) + 4 :]))
     return prepared._replace(tail=tail, start=_starter(compiled, grid))
+
+
+def _way(shape: torch.Size, flat: Sequence[Any], walked: Callable[..., Walk] | None) -> Walk:
+    """How these operands are walked."""
+    written = [x for x in flat if hasattr(x, "summed")]
+    tensors = [t for x in flat if isinstance(t := getattr(x, "tensor", x), torch.Tensor) and not isinstance(x, Seed)]
+    summed = [small for x in written for small in x.summed]
+    gradients = [small for x in written if isinstance(x, Grad) for small in x.summed]
+    numbered = [x.shape for x in flat if isinstance(x, Seed)]
+    return (walked or walk)(shape, tensors, summed, numbered, gradients)
+
+
+def _reordered(shape: torch.Size, flat: Sequence[Any], walked: Callable[..., Walk] | None) -> bool:
+    """Whether points would change the order in which gradients are summed: they lie otherwise in memory, say."""
+    if not any(_is_point(x) for x in flat) or not any(getattr(x, "is_summed", False) for x in flat):
+        return False
+    return _way(shape, flat, walked) != _way(shape, [x for x in flat if not _is_point(x)], walked)
+
+
+def _is_point(x: Any) -> bool:
+    return isinstance(x, (Kept, KeptSum)) or hasattr(x, "kept")
+
+
+def _no_point(x: Any) -> Any:
+    return None if _is_point(x) else x
+
+
+def _no_gradient(x: Any) -> Any:
+    return None if hasattr(x, "is_summed") else x
 
 
 def _maker(way: Walk, shape: torch.Size, operand: Any, held: torch.dtype) -> Callable[[Any], Any]:

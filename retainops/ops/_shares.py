@@ -24,6 +24,7 @@ class Shares:
     def __init__(self, x: torch.Tensor | None, needed: bool, programs: Callable[[Walk], int]) -> None:
         self.x, self.programs = x if needed else None, programs
         self.shares: torch.Tensor | None = None
+        self.is_summed = self.x is not None
 
     def key(self) -> Hashable:
         """All that its place depends on."""

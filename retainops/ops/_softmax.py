@@ -80,15 +80,19 @@ class Softmax:
     ) -> list[Tensor | None]:
         x, scale, mask, causal, _, y = inputs
         dx, dmask = Grad(x, x.shape, needed[0]), Grad(mask, x.shape, needed[2])
+        grads: tuple[Grad | None, Grad | None] = dx, dmask
+        bwd = kernels.softmax_bwd_kernel
         kept = {name: Kept(op.name, slots[name], leaf) for name, leaf in leaves.items()}
         read, queries = mask if is_boolean(mask) else None, Queries(x.shape) if causal else None
         places = None if queries is None else queries.tensor
         own = [t for t in (y, dys[0], dx.tensor, dmask.tensor, read, places) if t is not None]
+        alone, points = (Unread(x) if isinstance(x, Tensor) else x, read), (kept.get("scaled"), kept.get("p"))
         if "scaled" not in kept or "act_grad" not in slots["scaled"].parts:  # only that needs the value of scaled
-            x, mask = Unread(x) if isinstance(x, Tensor) else x, read
-        points = kept.get("scaled"), kept.get("p")
-        given = x, mask, queries, float(scale)
-        self._launch(kernels.softmax_bwd_kernel, given, y, dys[0], dx, dmask, *points, own=own)
+            x, mask = alone
+        elif dmask.is_summed:  # in an order that what else is read must not change
+            self._launch(bwd, (*alone, queries, float(scale)), y, dys[0], *grads, None, None, own=own)
+            grads = None, None
+        self._launch(bwd, (x, mask, queries, float(scale)), y, dys[0], *grads, *points, own=own)
         found = (kept[p.name].finish() if p.name in kept else None for p in op.points)
         return [dx.finish(), None, dmask.finish(), None, None, *found]
 
