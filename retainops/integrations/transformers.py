@@ -198,7 +198,8 @@ def fuse_attention(model: Any) -> Change | str | None:
     if not getattr(model, "_supports_attention_backend", False):
         if any(_dispatches(getattr(type(module), "forward", None)) for module in model.modules()):
             return f"its class does not say that any attention will do; if so, set_attn_implementation({NAME!r})"
-        return "its attention is not called through transformers' registry"
+        named = any("attention" in type(module).__name__.lower() for module in model.modules())
+        return "its attention is not called through transformers' registry" if named else None
     if had == "eager":
         return (
             f"eager attention treats rows that see no key in its own way; set_attn_implementation({NAME!r}) if none do"
