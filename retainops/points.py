@@ -29,8 +29,9 @@ class Tap(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         if ctx.slot.takes_value:
             ctx.save_for_backward(x)
-        # Not a view, which PyTorch would not let be changed in place: a point may be an op's output.
-        return x.view_as(x) if op == "point" else x.detach()
+        # PyTorch refuses to change a view in place, and a point of an op may be its output. (Not view_as, which gives
+        # dims of size 1 other strides.)
+        return torch.ops.aten.alias(x) if op == "point" else x.detach()
 
     @staticmethod
     @untraced

@@ -145,3 +145,16 @@ def test_dropout_after_a_norm_draws_the_same() -> None:
     ro.fuse(model)
     torch.manual_seed(1)
     torch.testing.assert_close(model(x), before)
+
+
+@pytest.mark.parametrize("ask", [("s",), ("p",), ("o",), ("s", "p", "o")], ids=str)
+def test_attention_of_one_query(ask: tuple[str, ...]) -> None:
+    """The strides of a dim of size 1 decide what PyTorch takes for channels-last."""
+    q, k, v = torch.randn(2, 4, 36, 1).mT.chunk(3, dim=3)
+    expected = F.scaled_dot_product_attention(q, k, v).stride()
+    assert ro.attention(q.requires_grad_(), k, v, retain=ro.Retained(*ask)).stride() == expected
+
+
+def test_a_point_of_a_dim_of_size_1() -> None:
+    x = torch.empty_strided((2, 4, 1, 12), (48, 12, 1, 1), requires_grad=True)
+    assert ro.point(x, "x", retain=ro.Retained("x")).stride() == x.stride()
