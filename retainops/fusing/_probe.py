@@ -115,9 +115,11 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def same_norm(
-    module: Any, forward: Callable[[Any, torch.Tensor], torch.Tensor], dtypes: tuple[torch.dtype, ...] = DTYPES
+    module: Any, forward: Callable[..., torch.Tensor], dtypes: tuple[torch.dtype, ...] = DTYPES, takes: int = 1
 ) -> bool:
     """Whether a norm that has a weight or nothing computes what `forward` does, in each mix of dtypes.
+
+    `takes` is how many tensors it is called with, all of one shape: 2 of a norm with a gate.
 
     Values of 16 bits have to be the same but for one in a hundred: then both round in the same places. It is tried in
     training and in evaluation, on inputs of two to four dims, whose sizes all differ.
@@ -127,7 +129,7 @@ def same_norm(
     state = tuple((k, v) for k, v in state if k != "training")
     empty = tuple(name for name, parameter in module._parameters.items() if parameter is None)
     cls: Any = type(module)
-    return _same_norm(cls, cls.forward, weight, empty, state, forward, dtypes)
+    return _same_norm(cls, cls.forward, weight, empty, state, forward, dtypes, takes)
 
 
 @functools.cache
@@ -139,6 +141,7 @@ def _same_norm(
     state: tuple[Any, ...],
     forward: Callable[..., Any],
     dtypes: tuple[torch.dtype, ...],
+    takes: int,
 ) -> bool:
     name, size = weight or (None, 5)
     others = [n for n in (2, 3, 4, 6) if n != size]
@@ -152,13 +155,14 @@ def _same_norm(
                 module.training = training
                 for other in empty:
                     module.register_parameter(other, None)
-                x = (3 * torch.randn(shape, generator=generator)).to(x_dtype).requires_grad_()
-                leaves = [x]
+                drawn = [3 * torch.randn(shape, generator=generator) for _ in range(takes)]
+                xs = [x.to(x_dtype).requires_grad_() for x in drawn]
+                leaves = [*xs]
                 if name is not None:
                     leaves.append(nn.Parameter(torch.randn(size, generator=generator).to(dtype)))
-                    module.register_parameter(name, leaves[1])
+                    module.register_parameter(name, leaves[-1])
                 try:
-                    theirs, ours = original(module, x), forward(module, x)
+                    theirs, ours = original(module, *xs), forward(module, *xs)
                     if not _same_values(theirs, ours):
                         return False
                     if x_dtype == torch.float32 and not agree(theirs, ours, leaves, generator, rtol=1e-5):

@@ -183,7 +183,10 @@ def rms_norm(module: Any) -> Verdict:
         return "it has more than a weight"
     if held and norms.weight_of(module) is None:
         return f"its weight is called {next(iter(parameters))}, and none of {', '.join(norms.WEIGHTS)}"
-    if more := list(inspect.signature(cls.forward).parameters)[2:]:
+    more = list(inspect.signature(cls.forward).parameters)[2:]
+    if more == ["gate"] and (fits := next((k for k in norms.GATED if same_norm(module, k.plain, takes=2)), None)):
+        return fits
+    if more:
         return f"its forward takes more than its input: {', '.join(more)}"
     if any(step.opname in ("STORE_ATTR", "STORE_GLOBAL") for step in dis.get_instructions(inspect.unwrap(cls.forward))):
         return "its forward does more than to return a value"

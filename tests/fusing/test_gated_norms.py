@@ -1,0 +1,98 @@
+"""RMSNorms with a gate, as hybrid language models of transformers have them after their linear attention."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import retainops as ro
+
+Tensor = torch.Tensor
+N = 8
+NORMS = {
+    "qwen3_next": "Qwen3NextRMSNormGated",  # rounded before the weight, silu
+    "olmo_hybrid": "OlmoHybridRMSNormGated",
+    "kimi_linear": "KimiLinearRMSNormGated",  # rounded once, sigmoid
+    "lara_mini": "LaraMiniRMSNormGated",  # rounded once, silu
+}
+over_norms = pytest.mark.parametrize("norm", NORMS, indirect=True)
+
+
+@pytest.fixture
+def norm(request: pytest.FixtureRequest) -> nn.Module:
+    name = request.param
+    module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+    norm: nn.Module = getattr(module, NORMS[name])(N)
+    with torch.no_grad():
+        norm.weight.copy_(torch.linspace(0.6, 1.5, N))
+    return norm
+
+
+def inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(2)
+    x, gate = ((3 * torch.randn(2, 5, N)).to(dtype).requires_grad_() for _ in range(2))
+    return x, gate
+
+
+def step(norm: Any, x: Tensor, gate: Tensor) -> list[Tensor]:
+    norm.zero_grad()
+    y = norm(x, gate=gate)
+    dy = torch.linspace(-1, 1, y.numel()).view(y.shape).to(y.dtype)
+    grads = torch.autograd.grad(y, [x, gate, norm.weight], dy)
+    return [y.detach(), *grads]
+
+
+@over_norms
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_values_and_gradients(norm: nn.Module, dtype: torch.dtype) -> None:
+    norm, given = norm.to(dtype), inputs(dtype)
+    theirs = step(norm, *given)
+    true = step(copy.deepcopy(norm).float(), *(t.detach().float().requires_grad_() for t in given))
+    assert [row.op for row in ro.fuse(norm)] == ["rms_norm"]
+    for other in (norm, copy.deepcopy(norm), pickle.loads(pickle.dumps(norm))):
+        for ours, expected, exact in zip(step(other, *given), theirs, true, strict=True):
+            assert ours.dtype == expected.dtype
+            error = (expected.float() - exact).abs().max().item()
+            bound = 2 * error + 4 * 1.2e-7 * exact.abs().max().item()  # as far from float32 as theirs, or nearly
+            torch.testing.assert_close(ours.float(), exact, rtol=0, atol=bound)
+    ro.unfuse(norm)
+    assert all(torch.equal(a, b) for a, b in zip(step(norm, *given), theirs, strict=True))
+
+
+@over_norms
+@pytest.mark.parametrize("compiled", [False, True])
+def test_points(norm: Any, compiled: bool) -> None:
+    torch._dynamo.reset()
+    x, gate = inputs()
+    wide = torch.sigmoid if norm.activation == "sigmoid" else torch.nn.functional.silu
+    xhat = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.variance_epsilon)
+    act, up = wide(gate), xhat * norm.weight
+    for value in (xhat, act, up):
+        value.retain_grad()
+    (up * act).square().sum().backward()
+    expected = {"xhat": xhat.grad, "y": xhat.grad, "gate": gate.grad, "up": up.grad, "act": act.grad}
+    ro.fuse(norm)
+    call = torch.compile(norm, fullgraph=True, backend="aot_eager") if compiled else norm
+    with ro.retain(norm) as kept:
+        call(*inputs()).square().sum().backward()
+    assert set(kept) == set(expected)
+    for point, grad in expected.items():
+        torch.testing.assert_close(kept[point].grad, grad, msg=point)
+
+
+@pytest.mark.parametrize("norm", ["qwen3_next"], indirect=True)
+def test_an_activation_that_is_set_later(norm: Any) -> None:
+    x, gate = inputs()
+    ro.fuse(norm)
+    for activation in ("sigmoid", "gelu"):  # of the second there is no unit: the model's own code is called
+        norm.activation = activation
+        ours, other = step(norm, x, gate), copy.deepcopy(norm)
+        ro.unfuse(other)
+        for a, b in zip(ours, step(other, x, gate), strict=True):
+            torch.testing.assert_close(a, b)
