@@ -8,12 +8,11 @@ import torch
 from torch.nn import functional as F
 
 from retainops.nn.point import HoldsPoints
-from retainops.ops import gated
 from retainops.ops.group_norm import GROUP_NORM
 from retainops.ops.norm import ADD_LAYER_NORM, ADD_RMS_NORM, LAYER_NORM, RMS_NORM, eps_of
 from retainops.ops.softmax import LOG_SOFTMAX, SOFTMAX
 from retainops.points import unretained
-from retainops.registry import Op, PointInfo
+from retainops.registry import Op
 
 Tensor = torch.Tensor
 
@@ -197,40 +196,6 @@ class T5RMSNorm(LlamaRMSNorm):
         if x.dtype == weight.dtype:
             return super().plain(module, x)
         return cls.scaled(RMS_NORM.reference(x.float(), None, epsilon(module), 0.0, False, unretained), weight)
-
-
-class GatedRMSNorm(LlamaRMSNorm):
-    """Qwen3-Next's, of a linear attention's output: act(gate) * norm(x), act in float32. Its gate comes second."""
-
-    widens = False
-
-    def point_infos(self) -> tuple[PointInfo, ...]:
-        gate, up = PointInfo("gate", "gate", "of gate"), PointInfo("up", "the norm of x", "of x")
-        return *self.op.points, gate, up, PointInfo("act", "f(gate), f the activation", "of gate")
-
-    def forward(self, x: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
-        unit = GATES.get(self.activation)  # type: ignore[call-overload]
-        if unit is None or gate is None:
-            return self.fused_from.forward(self, x, gate)  # type: ignore[union-attr]
-        up = self.point("up", super().forward(x.float() if self.widens else x))
-        gate = self.point("gate", gate)
-        return self.call(gate.float(), up, op=unit).to(x.dtype)
-
-    @classmethod
-    def plain(cls, module: Any, x: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
-        up = super().plain(module, x.float() if cls.widens else x)
-        return GATES[module.activation].reference(gate.float(), up, unretained).to(x.dtype)
-
-
-class WideGatedRMSNorm(GatedRMSNorm):
-    """Kimi-Linear's: all in float32, rounded once."""
-
-    widens = True
-
-
-GATED: tuple[type[GatedRMSNorm], ...] = GatedRMSNorm, WideGatedRMSNorm
-GATES = {"silu": gated.GATED["swiglu"], "swish": gated.GATED["swiglu"], "sigmoid": gated.GATED["glu"]}
-"""From the name of an activation, as transformers has it, to the unit."""
 
 
 WEIGHTS = ("weight", "scale", "gamma", "gain", "alpha", "g", "w")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from retainops.fusing import norms
+from retainops.fusing import gated_norms, norms
 from retainops.fusing._probe import same_norm
 from retainops.fusing.loss import PATH, LMLoss
 from retainops.fusing.norm_calls import calls_norm
@@ -184,7 +184,7 @@ def rms_norm(module: Any) -> Verdict:
     if held and norms.weight_of(module) is None:
         return f"its weight is called {next(iter(parameters))}, and none of {', '.join(norms.WEIGHTS)}"
     more = list(inspect.signature(cls.forward).parameters)[2:]
-    if more == ["gate"] and (fits := next((k for k in norms.GATED if same_norm(module, k.plain, takes=2)), None)):
+    if more == ["gate"] and (fits := next((k for k in gated_norms.KINDS if same_norm(module, k.plain, takes=2)), None)):
         return fits
     if more:
         return f"its forward takes more than its input: {', '.join(more)}"
