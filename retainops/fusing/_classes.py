@@ -168,7 +168,13 @@ def become(module: nn.Module, parts: tuple[type[HoldsPoints], ...], sites: tuple
     module.__dict__["_requests"] = ()
 
 
+OF_FUSION = "_retainops_fused_"
+"""What the names of attributes start with that a module has while it is fused."""
+
+
 def restore(module: nn.Module) -> None:
     """Unfuse one module."""
+    for name in [name for name in vars(module) if name.startswith(OF_FUSION)]:
+        del module.__dict__[name]
     object.__setattr__(module, "__class__", type(module).fused_from)  # type: ignore[attr-defined]
     del module.__dict__["_requests"]

@@ -45,10 +45,11 @@ EXPERTS_GATE = "_apply_gate"
 def _read(
     name: str, function: Any, done: tuple[Site, ...], owner: int
 ) -> tuple[ast.FunctionDef | None, frozenset[Any]]:
-    """A method's tree once sites are done, to be looked at alone, and what is there; None: not to be read, or not of
-    this class. A function that a class has by another name is of other classes too, which may call it in a loop."""
+    """A method's tree once sites are done, for reading only, since it is shared, and what is there. None: it has no
+    source, or the class has it by another name, and so may others, which call it in a loop."""
     tree = _parsed(function)
-    if tree is None or name not in (tree.name, "forward", EXPERTS_GATE):
+    given = (EXPERTS_GATE,) if function.__module__.startswith("transformers.") else ()
+    if tree is None or name not in (tree.name, "forward", *given):
         return None, frozenset()
     tree.name = name
     _rewrite(tree, list(done), owner)
@@ -180,6 +181,16 @@ def unread(cls: type) -> str | None:
 
 
 SUPER = "calls super()"  # many do, and it hides nothing
+
+
+def keeps(function: Any, number: int) -> bool:
+    """Whether a function has a parameter of that number, and it is never another object."""
+    tree = _parsed(function)
+    if tree is None:
+        return False
+    names = [a.arg for a in (*tree.args.posonlyargs, *tree.args.args)]
+    bound = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)}
+    return number < len(names) and names[number] not in bound
 
 
 def closes_over(function: Any) -> str | None:

@@ -57,7 +57,8 @@ class Site:
 
 @functools.cache
 def needed(pattern: Pattern) -> frozenset[Any]:
-    """Kinds of nodes, and names, without which code cannot hold a pattern: looking for these is quick."""
+    """Kinds of nodes, and names, without which code cannot hold a pattern: some, never one too many. They are quick to
+    look for."""
     statements = ast.parse(textwrap.dedent(pattern.before)).body
     nodes = [statements[0].value] if isinstance(statements[0], ast.Expr) else statements
     marks: set[Any] = set()

@@ -9,15 +9,14 @@ from typing import Any
 
 from torch import nn
 
+from retainops.fusing import rotary as _rotary  # noqa: F401 - registers its rule
 from retainops.fusing import rules as _rules  # noqa: F401 - registers them, and before those of code
 from retainops.fusing._classes import Fused, become, clash, fused_class, has_forward, is_fused, restore, why_not
 from retainops.fusing._code import called, methods, sites_of, unread
 from retainops.fusing._patterns import Site
 from retainops.fusing.code_rules import may_concern
 from retainops.fusing.parts import FUNCTION
-from retainops.fusing.processors import KNOWN
 from retainops.fusing.registry import RULES, Change, Part, Rule
-from retainops.fusing.rotary import TURNS
 from retainops.fusing.table import Row, Table
 from retainops.names import listed
 from retainops.nn.guests import requests_of
@@ -77,8 +76,7 @@ def unfuse(model: nn.Module) -> Table:
     rows = []
     for name, module in list(model.named_modules()):
         kind = type(module).__name__
-        for attribute in (FUNCTION, KNOWN, TURNS):
-            vars(module).pop(attribute, None)
+        vars(module).pop(FUNCTION, None)
         if is_fused(module) and "forward" in vars(module):  # which may hold the fused one
             rows.append(Row(name, kind, None, "a forward was set on the module itself since; undo that first"))
         elif is_fused(module):
@@ -200,7 +198,7 @@ class _Fusing:
                     reason: str | None = verdict
                 elif site.looped:
                     reason = "it is in a loop, and its points would be of several calls"
-                elif verdict in parts and not getattr(verdict, "many", False):
+                elif any(_alike(part, verdict) for part in parts) and not getattr(verdict, "many", False):
                     reason = "a second of its kind, whose points would have the same names"
                 else:
                     reason = _why_not(module, more, (*sites, site))
@@ -216,6 +214,10 @@ class _Fusing:
         self.rows += found
         if parts:
             self.become(module, parts, sites)
+
+
+def _alike(one: Part, other: Part) -> bool:
+    return issubclass(one, other) or issubclass(other, one)
 
 
 def _why_not(module: Any, parts: Any, sites: tuple[Site, ...]) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch._prims_common import suggest_memory_format
 from torch.nn import functional as F
 
 from retainops.nn.point import HoldsPoints
@@ -38,8 +39,8 @@ class OfSum(Norm):
     def forward(self, x: Tensor) -> Tensor:
         return self.norm_of(self.alone, x)
 
-    def takes_sum(self, x: Tensor) -> bool:
-        """Whether x, or a sum of x, goes to the op as it is."""
+    def takes_sum(self, x: Tensor, residual: Tensor) -> bool:
+        """Whether these, and their sum, go to the op as they are."""
         return True
 
     def of_sum(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
@@ -76,13 +77,11 @@ def as_pytorch_has_it(x: Tensor, channels_last: bool = False) -> Tensor:
     An op's output has the strides of its input, and a model's code may take a view of it.
     """
     x = as_autocast_has_it(x)
-    format: Any = CHANNELS_LAST.get(x.dim()) if channels_last else None
-    if x.is_nested or (format is not None and x.is_contiguous(memory_format=format)):
+    if x.is_nested:
         return x
+    if channels_last and not x.is_cuda and (format := suggest_memory_format(x)) != torch.contiguous_format:
+        return x.contiguous(memory_format=format)
     return x.contiguous()
-
-
-CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 class LayerNorm(TorchNorm):
@@ -99,8 +98,8 @@ class LayerNormOfSum(LayerNorm, OfSum):
 
     op, alone = ADD_LAYER_NORM, LAYER_NORM
 
-    def takes_sum(self, x: Tensor) -> bool:
-        return not (_widened(x) or x.is_nested) and x.is_contiguous()
+    def takes_sum(self, x: Tensor, residual: Tensor) -> bool:
+        return not (_widened(x) or x.is_nested) and x.is_contiguous() and x.shape == residual.shape
 
 
 class LayerNorm2d(LayerNorm):
@@ -219,6 +218,22 @@ def epsilon(module: Any) -> Any:
     return None
 
 
+class WeightlessRMSNorm(RMSNorm):
+    """One that has no weight; what it has by such a name is something else."""
+
+    @classmethod
+    def arguments_of(cls, module: Any) -> tuple[Any, ...]:
+        return None, epsilon(module), 0.0, False
+
+
+class WeightlessLayerNorm(CohereLayerNorm):
+    """The same, around the mean."""
+
+    @classmethod
+    def arguments_of(cls, module: Any) -> tuple[Any, ...]:
+        return None, None, epsilon(module)
+
+
 class RMSNormOfSum(RMSNorm, OfSum):
     """As the others, of a sum."""
 
@@ -249,6 +264,18 @@ class CohereLayerNormOfSum(CohereLayerNorm, OfSum):
     op, alone = ADD_LAYER_NORM, LAYER_NORM
 
 
+class WeightlessRMSNormOfSum(WeightlessRMSNorm, OfSum):
+    """As the others, of a sum."""
+
+    op, alone = ADD_RMS_NORM, RMS_NORM
+
+
+class WeightlessLayerNormOfSum(WeightlessLayerNorm, OfSum):
+    """As the others, of a sum."""
+
+    op, alone = ADD_LAYER_NORM, LAYER_NORM
+
+
 OF_SUM: dict[type[HoldsPoints], type[OfSum]] = {
     LayerNorm: LayerNormOfSum,
     RMSNorm: RMSNormOfSum,
@@ -256,6 +283,8 @@ OF_SUM: dict[type[HoldsPoints], type[OfSum]] = {
     GemmaRMSNorm: GemmaRMSNormOfSum,
     UnitOffsetRMSNorm: UnitOffsetRMSNormOfSum,
     CohereLayerNorm: CohereLayerNormOfSum,
+    WeightlessRMSNorm: WeightlessRMSNormOfSum,
+    WeightlessLayerNorm: WeightlessLayerNormOfSum,
 }
 """From a norm to the same one for a module whose parent adds."""
 
@@ -270,7 +299,7 @@ class Softmax(HoldsPoints):
         x = as_autocast_has_it(x)
         if self.dim in (-1, x.dim() - 1):
             return self.call(x, 1.0, None, False)
-        return self.call(x.movedim(self.dim, -1), 1.0, None, False).movedim(-1, self.dim).contiguous()
+        return self.call(x.movedim(self.dim, -1), 1.0, None, False).movedim(-1, self.dim).contiguous().view(x.shape)
 
 
 class LogSoftmax(Softmax):

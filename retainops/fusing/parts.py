@@ -8,7 +8,7 @@ A module may inherit several of these, so each says which op it calls.
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import MethodType
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -100,7 +100,7 @@ class AddNorm(HoldsPoints):
     def fused_add_norm(self, norm: Any, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """(norm(x + residual), x + residual)."""
         tensors = isinstance(x, torch.Tensor) and isinstance(residual, torch.Tensor)
-        if tensors and isinstance(norm, OfSum) and bare(norm) and norm.takes_sum(x):
+        if tensors and isinstance(norm, OfSum) and bare(norm) and norm.takes_sum(x, residual):
             return norm.of_sum(x, residual)
         summed = x + residual
         if isinstance(norm, OfSum):
@@ -175,7 +175,8 @@ class Sdpa(HoldsPoints):
         """function(*args, **named)."""
         if function is SDPA:
             return self.call(*_in_order(*args, **named), op=ATTENTION)
-        if (known := ATTENTIONS.get(function)) is not None:
+        known = ATTENTIONS.get(function) if isinstance(function, FunctionType) else None
+        if known is not None:
             return known(self, *args, **named)
         return self.point("o", function(*args, **named))
 

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from retainops.fusing._code import called, rewritten, sites_in
+from retainops.fusing._classes import OF_FUSION
+from retainops.fusing._code import called, keeps, rewritten, sites_in, wrappers
 from retainops.fusing._patterns import Pattern, Site
 from retainops.fusing.norm_calls import ANY_CALL
 from retainops.fusing.parts import ATTENTIONS, SDPA, Sdpa
@@ -56,7 +57,11 @@ class ProcessorCall:
             raise LookupError("it calls no attention")
         if any(site.looped for site in sites):
             raise LookupError("its attention is in a loop, and its points would be of several calls")
+        if not keeps(self.original, GIVEN):
+            raise LookupError("its __call__ has no parameter that stays the module")
         self.function = rewritten(_functions(kind), sites, GIVEN)["__call__"]
+        if wrappers(self.function) != wrappers(self.original):
+            raise LookupError("its __call__ was wrapped since its class was made")
 
     def __deepcopy__(self, memo: Any) -> ProcessorCall:
         return self
@@ -111,7 +116,7 @@ class Processed(Sdpa):
         return processor(self, *args, **named)
 
 
-KNOWN = "_retainops_processor"
+KNOWN = OF_FUSION + "processor"
 """Of a module, while it is fused: the `ProcessorCall` of the processor that it had."""
 
 
@@ -120,7 +125,8 @@ def attention_processor(module: Any, PROCESSOR: Any) -> type[Processed] | str | 
     """Attention that an object calls to which the module gives itself."""
     kind: Any = type(PROCESSOR)
     function = dict(_functions(kind)).get("__call__")
-    if function is None:
+    is_module = isinstance(PROCESSOR, nn.Module) and type(PROCESSOR).forward is not nn.Module.forward
+    if function is None or is_module:  # a whole module has points of its own
         return None
     if not any(_sites(kind)):
         code = getattr(inspect.unwrap(function), "__code__", None)

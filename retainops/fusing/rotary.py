@@ -6,10 +6,12 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import torch
 
+from retainops.fusing._classes import OF_FUSION
 from retainops.fusing._probe import agree, alone
 from retainops.fusing.registry import fuse_rule
 from retainops.nn.point import HoldsPoints
@@ -87,7 +89,7 @@ def _turns(function: Function, form: Form, turned: int) -> bool:
     return True
 
 
-TURNS = "_retainops_turns"
+TURNS = OF_FUSION + "turns"
 """Of an attention module, while it is fused: its function and that one's form."""
 
 
@@ -105,7 +107,7 @@ class Rotary(HoldsPoints):
         """function(q, k, cos, sin)."""
         known, form = self.__dict__.get(TURNS, (None, None))
         # It may be another one that the file has by now.
-        if known is function and all(t.dtype == q.dtype for t in (k, cos, sin)) and _fits(form, q, k, cos):
+        if known is function and all(t.dtype == q.dtype for t in (k, cos, sin)) and _fits(form, q, k, cos, sin):
             q_rot, k_rot = self.call(*form.inputs(q, k, cos, sin), op=ROPE)
         else:
             q_rot, k_rot = function(q, k, cos, sin)
@@ -113,14 +115,14 @@ class Rotary(HoldsPoints):
         return q_rot, k_rot
 
 
-def _fits(form: Form, q: Tensor, k: Tensor, cos: Tensor) -> bool:
+def _fits(form: Form, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
     """Whether these are what the function was tried on: it may do something else of other sizes."""
-    if (q.dim(), k.dim(), cos.dim()) != (4, 4, 3) or cos.shape[0] not in (1, q.shape[0]):
+    if (q.dim(), k.dim(), cos.dim()) != (4, 4, 3) or sin.shape != cos.shape or cos.shape[0] not in (1, q.shape[0]):
         return False
-    if not (q.shape[2] == k.shape[2] == cos.shape[1] and q.shape[3] == k.shape[3]):
+    if not (q.shape[0] == k.shape[0] and q.shape[2] == k.shape[2] == cos.shape[1] and q.shape[3] == k.shape[3]):
         return False
     turned, size = form.turned(cos), q.shape[3]
-    return turned == size or (form.partial and turned < size)
+    return turned % 2 == 0 and (turned == size or (form.partial and 0 < turned < size))
 
 
 def _function_of(module: Any) -> Any:
@@ -131,6 +133,6 @@ def _function_of(module: Any) -> Any:
 def rope(module: Any) -> type[Rotary] | str:
     """Hugging Face's function for it."""
     function = _function_of(module)
-    if function is None or form_of(function) is None:
+    if not isinstance(function, FunctionType) or form_of(function) is None:
         return "its apply_rotary_pos_emb is not that of rope"
     return Rotary

@@ -184,8 +184,9 @@ def rms_norm(module: Any) -> Verdict:
     if held and norms.weight_of(module) is None:
         return f"its weight is called {next(iter(parameters))}, and none of {', '.join(norms.WEIGHTS)}"
     more = list(inspect.signature(cls.forward).parameters)[2:]
-    if more == ["gate"] and (fits := next((k for k in gated_norms.KINDS if same_norm(module, k.plain, takes=2)), None)):
-        return fits
+    for gated in gated_norms.KINDS if more == ["gate"] else ():
+        if same_norm(module, gated.plain, takes=2):
+            return gated
     if more:
         return f"its forward takes more than its input: {', '.join(more)}"
     if any(step.opname in ("STORE_ATTR", "STORE_GLOBAL") for step in dis.get_instructions(inspect.unwrap(cls.forward))):
@@ -195,7 +196,8 @@ def rms_norm(module: Any) -> Verdict:
     if (why := _no_room(eps)) is not None:
         return why
     rounding = norms.LlamaRMSNorm, norms.GemmaRMSNorm, norms.RMSNorm, norms.UnitOffsetRMSNorm, norms.T5RMSNorm
-    kinds = (*(rounding if held else (norms.RMSNorm,)), norms.CohereLayerNorm)
+    weighted = (*rounding, norms.CohereLayerNorm)
+    kinds = weighted if held else (norms.WeightlessRMSNorm, norms.WeightlessLayerNorm)
     if (fits := next((kind for kind in kinds if same_norm(module, kind.plain)), None)) is not None:
         return fits
     if any(same_norm(module, kind.plain, (torch.float32,)) for kind in kinds):

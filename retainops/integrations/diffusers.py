@@ -46,10 +46,12 @@ def _asked(
     if backend is None:
         backend, _ = _AttentionBackendRegistry.get_active_backend()
     if backend != NATIVE or parallel_config is not None or attention_kwargs:
-        what = "split over devices" if parallel_config is not None else f"that of the backend {backend!r}"
+        what = f"that of the backend {backend!r}"
+        if backend == NATIVE:
+            what = "called with attention_kwargs" if parallel_config is None else "split over devices"
         raise RuntimeError(
             f"{type(module).__name__}: points of its attention are asked for, and it is {what}; they are there with "
-            'model.set_attention_backend("native"), whole'
+            'model.set_attention_backend("native"), and neither of attention_kwargs and a parallel config'
         )
     if attn_mask is not None and attn_mask.shape == (query.shape[0], key.shape[1]):
         attn_mask = attn_mask[:, None, None]  # of keys

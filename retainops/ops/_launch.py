@@ -45,7 +45,7 @@ class Prepared(NamedTuple):
 MOST = 4096
 """Launches that are remembered. When there are more all are forgotten, and prepared again as they come."""
 APART = "apart"
-"""In the place of a launch: it is two, of the gradients and of the points."""
+"""Stands for a launch that is made as two: of the gradients, then of the points."""
 _prepared: dict[Hashable, Prepared | str] = {}
 forgotten: list[Callable[[], None]] = [_prepared.clear]
 """What forgets all that is remembered of launches."""

@@ -243,6 +243,23 @@ def test_a_sum_and_its_norm(name: str) -> None:
     assert all(slot.grad is not None for slot in kept.values())
 
 
+def test_a_tensor_that_is_no_weight() -> None:
+    """It has the name of one, and the forward does not read it."""
+    norm, x = WeightlessRMSNorm(), data()
+    norm.scale = torch.full((N,), 2.0)
+    expected = norm(x)
+    assert [row.op for row in ro.fuse(norm)] == ["rms_norm"]
+    torch.testing.assert_close(norm(x), expected)
+
+
+@pytest.mark.parametrize("make", [lambda: nn.GroupNorm(2, 4), lambda: nn.RMSNorm(N), lambda: nn.LayerNorm(N)])
+def test_vmap(make: Callable[[], nn.Module]) -> None:
+    norm, x = make(), torch.randn(3, 2, 4, 5, N)
+    expected = torch.func.vmap(norm)(x)
+    ro.fuse(norm)
+    torch.testing.assert_close(torch.func.vmap(norm)(x), expected)
+
+
 # What is left, and what is called as it was
 
 

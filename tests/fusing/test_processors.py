@@ -167,6 +167,35 @@ def test_a_call_that_is_set_on_its_class_later(monkeypatch: pytest.MonkeyPatch) 
     assert torch.equal(model(x), made_again(model, x))
 
 
+class Wrapped(Processor):
+    def __call__(self, attn: Any, x: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(x, x, x)[:, None]
+
+
+Wrapped.__call__ = doubled(Wrapped.__call__)  # type: ignore[method-assign]
+
+
+class Starred(Processor):
+    def __call__(self, *args: Any, attn: Any = None) -> Tensor:  # type: ignore[override]
+        return F.scaled_dot_product_attention(args[1], args[1], args[1])[:, None]
+
+
+class Rebound(Processor):
+    def __call__(self, attn: Any, x: Tensor) -> Tensor:
+        attn = x
+        return F.scaled_dot_product_attention(attn, attn, attn)[:, None]
+
+
+class Whole(nn.Module):
+    """A module in its own right, which is called by `__call__` too; its points are its own."""
+
+    def __call__(self, attn: Any, x: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(x, x, x)[:, None]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
 class Looped(Processor):
     def __call__(self, attn: Any, x: Tensor) -> Tensor:
         for _ in range(2):
@@ -196,6 +225,9 @@ class Own(Processor):
 
 
 LEFT = {
+    Wrapped: "of Wrapped: its __call__ was wrapped since its class was made",
+    Starred: "of Starred: its __call__ has no parameter that stays the module",
+    Rebound: "of Rebound: its __call__ has no parameter that stays the module",
     Looped: "of Looped: its attention is in a loop, and its points would be of several calls",
     Scores: "Scores makes the probabilities itself; diffusers' AttnProcessor2_0 calls attention",
     Above: "of Above: its method __call__ calls super()",
@@ -204,8 +236,48 @@ LEFT = {
 
 @pytest.mark.parametrize("kind", LEFT)
 def test_what_is_left_and_said(kind: Any) -> None:
-    (row,) = ro.fuse(made(kind())[0])
+    model, x = made(kind())
+    expected = model(x) if kind not in (Scores, Above) else None
+    (row,) = ro.fuse(model)
     assert (row.op, row.why) == (None, f"attention_processor(processor): {LEFT[kind]}")
+    assert expected is None or torch.equal(model(x), expected)
+
+
+def test_a_processor_that_is_a_whole_module() -> None:
+    model, x = made(Whole())
+    expected = model(x)
+    assert [row.name for row in ro.fuse(model).replaced] == ["0.processor"]
+    with ro.retain(model) as kept:
+        torch.testing.assert_close(model(x.requires_grad_()), expected)
+    assert set(kept) == {"0.processor.s", "0.processor.p", "0.processor.o"}
+
+
+class Both(Attention):
+    """Its own call of attention, beside its processor's."""
+
+    def forward(self, x: Tensor, *args: Any, **named: Any) -> Tensor:
+        return self.processor(self, x) + F.scaled_dot_product_attention(x, x, x)[:, None, :, :4]
+
+
+@pytest.mark.parametrize("rules", [None, ["attention_processor", "sdpa"]], ids=str)
+def test_a_module_that_calls_attention_itself_too(rules: Any) -> None:
+    model, x = Both(Processor()), torch.randn(2, 5, 8)
+    expected = model(x)
+    table = ro.fuse(model, rules=rules)
+    assert [row.op is None for row in table] == [False, True] or [row.op is None for row in table] == [True, False]
+    assert "a second of its kind" in str(table)
+    with ro.retain(model):
+        torch.testing.assert_close(model(x), expected)
+
+
+def test_a_forward_that_is_set_on_the_module_keeps_it_fused() -> None:
+    model, x = made(Processor())
+    ro.fuse(model)
+    model[0].forward = model[0].forward
+    assert "a forward was set on the module itself" in str(ro.unfuse(model))
+    with ro.retain(model, "0.p") as kept:
+        model(x).square().sum().backward()
+    assert kept["0.p"].grad is not None
 
 
 @pytest.mark.parametrize("processor", [Own(), len, lambda attn, x: x, None, functools.partial(len)])

@@ -100,28 +100,42 @@ def test_values_gradients_points_and_strides(model: nn.Module, form: Form, turne
         torch.testing.assert_close(ours[what], value, rtol=0, atol=4 * eps * value.abs().max().item())
         assert torch.equal(asked[what], ours[what])
     for point in ("q_rot", "k_rot"):
-        torch.testing.assert_close(kept[point].grad, theirs[point], rtol=0, atol=4 * eps * 20)
+        bound = 4 * eps * theirs[point].abs().max().item()
+        torch.testing.assert_close(kept[point].grad, theirs[point], rtol=0, atol=bound)
 
 
 @over_models
-def test_the_function_is_called_for_what_it_was_not_tried_on(model: nn.Module, form: Form) -> None:
-    """One table for all samples goes to the op; fewer positions than there are tokens do not."""
-    given = inputs(form, SIZE)
-    x, cos, sin = given
-    shared = x, cos[:1], sin[:1]
-    theirs, (q, k) = step(model, shared), model(*given)
-    ro.fuse(model)
-    with ro.retain(model) as kept:
-        ours = step(model, shared)
-    for what, value in theirs.items():
-        torch.testing.assert_close(ours[what], value)
-    assert all(slot.grad is not None for slot in kept.values())
-    torch.testing.assert_close(model(x[:, :1], cos[:, :1], sin[:, :1])[0], q[:, :, :1])
-    with ro.retain(model) as kept:
-        broadcast = model(x, cos[:, :1], sin[:, :1])
-        sum(t.sum() for t in broadcast).backward()
-    torch.testing.assert_close(broadcast[1][:, :, :1], k[:, :, :1])
-    assert all(slot.grad is not None for slot in kept.values())
+def test_the_function_is_called_for_what_it_was_not_tried_on(
+    model: nn.Module, form: Form, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One table for all samples goes to the op; fewer positions than there are tokens, and an odd width, do not."""
+    calls = [0]
+    original = apply_rotary_pos_emb
+
+    def counted(*args: Any) -> Any:
+        calls[0] += 1
+        return original(*args)
+
+    monkeypatch.setattr(sys.modules[__name__], "apply_rotary_pos_emb", counted)
+    assert form_of(counted) == form
+    x, cos, sin = inputs(form, SIZE)
+    cases = {(x, cos, sin): 0, (x, cos[:1], sin[:1]): 0, (x, cos[:, :1], sin[:, :1]): 1, (x, cos, sin[:1]): 1}
+    if form.partial and not form.repeated:
+        cases[x, cos[..., :3], sin[..., :3]] = 1
+    for given, expected in cases.items():
+        try:
+            theirs = step(model, given)
+        except RuntimeError:  # GPT-OSS's takes no odd width
+            continue
+        ro.fuse(model)
+        calls[0] = 0
+        with ro.retain(model) as kept:
+            ours = step(model, given)
+        assert calls[0] == expected
+        for what, value in theirs.items():
+            torch.testing.assert_close(ours[what], value)
+        assert all(slot.grad is not None for slot in kept.values())
+        ro.unfuse(model)
 
 
 @over_models

@@ -94,6 +94,7 @@ LAYOUTS: dict[str, Callable[[], Tensor]] = {
     "batch inside": lambda: torch.randn(5, 2, N).transpose(0, 1),
     "expanded": lambda: torch.randn(1, 5, N).expand(2, 5, N),
     "channels last": lambda: torch.randn(2, 3, 4, N).contiguous(memory_format=torch.channels_last),
+    "a crop of channels last": lambda: torch.randn(2, 3, 6, N).contiguous(memory_format=torch.channels_last)[:, :, 1:5],
     "channels in front": lambda: torch.randn(2, N, 3, 4).permute(0, 2, 3, 1),
 }
 
@@ -128,6 +129,7 @@ def test_strides_stay(name: str, layout: str) -> None:
         torch.randn(2, N, 3, 5).contiguous(memory_format=torch.channels_last),
         torch.randn(2, N, 3, 4, 5).contiguous(memory_format=torch.channels_last_3d),
         torch.randn(2, 3, N, 5).transpose(1, 2),
+        torch.randn(2, N, 5, 6).contiguous(memory_format=torch.channels_last)[..., 1:5],
         torch.randn(2, 5, N).mT,
         torch.randn(N, 2).t(),
     ],
@@ -135,6 +137,21 @@ def test_strides_stay(name: str, layout: str) -> None:
 )
 def test_group_norm(x: Tensor) -> None:
     check(nn.GroupNorm(2, N), x)
+
+
+def test_softmax_of_dims_of_size_1() -> None:
+    check(nn.Softmax(1), torch.randn(2, 1, 1, N))
+
+
+def test_a_sum_that_broadcasts() -> None:
+    class Broadcast(Sum):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            h = x[0] + x
+            r = h
+            h = self.norm(h)
+            return h, r
+
+    check(Broadcast(nn.LayerNorm(N)), torch.randn(2, N, 5).transpose(1, 2))
 
 
 def test_dropout_after_a_norm_draws_the_same() -> None:

@@ -266,6 +266,8 @@ COMPARING: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", COMPARING)
 def test_attention_that_is_another_under_another_name(name: str) -> None:
     """DeepSeek's chooses keys for a kernel there, and Gemma's drops queries that causality then counts wrongly."""
+    if name == "Gemma4" and transformers.__version__ < "5.24":
+        pytest.skip("its code compares no name there")
     torch.manual_seed(3)
     config = "Gemma4TextConfig" if name == "Gemma4" else f"{name}Config"
     options = {k: v for k, v in {**SIZES, **COMPARING[name]}.items() if v is not None}
