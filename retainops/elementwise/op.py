@@ -36,9 +36,10 @@ class OnKernels(Pointwise):
         return tuple(inputs[i] for i in self._generated.inputs)
 
     def gradients(self, inputs: Sequence[Any], shape: torch.Size, needed: Sequence[bool]) -> tuple[Any, ...]:
-        from retainops.ops._operands import gradient
+        from retainops.ops._operands import gradients
 
-        return tuple(gradient(inputs[i], shape, needed[i]) for i in self._generated.graded)
+        graded = self._generated.graded
+        return gradients([inputs[i] for i in graded], shape, [needed[i] for i in graded])
 
     def returned(self, grads: Sequence[Any], inputs: Sequence[Any]) -> list[torch.Tensor | None]:
         found = dict(zip(self._generated.graded, super().returned(grads, grads), strict=True))

@@ -154,13 +154,17 @@ class Grad:
         return self.partial.sum(0).view(self.x.shape)
 
 
-def gradient(x: Any, shape: torch.Size, needed: bool) -> Grad | torch.Tensor | None:
-    """Where a kernel that walks over the shape writes the gradient of an input: a new tensor where it is no sum."""
-    if not needed:
-        return None
-    if x.shape != shape and x.shape.numel() != shape.numel():
-        return Grad(x, shape, True)
-    return _empty_like(x)
+def gradients(
+    inputs: Sequence[Any], shape: torch.Size, needed: Sequence[bool]
+) -> tuple[Grad | torch.Tensor | None, ...]:
+    """Where a kernel that walks over the shape writes the gradients of inputs: to new tensors where none is a sum.
+
+    Where one is, each is a `Grad`: points may then take a launch of their own, which leaves these out.
+    """
+    pairs = list(zip(inputs, needed, strict=False))
+    if any(need and x.shape.numel() != shape.numel() for x, need in pairs):
+        return tuple([Grad(x, shape, True) if need else None for x, need in pairs])
+    return tuple([_empty_like(x) if need else None for x, need in pairs])
 
 
 def _empty_like(x: torch.Tensor | Unread) -> torch.Tensor:

@@ -21,7 +21,7 @@ from retainops.slots import Slot
 if HAS_TRITON:
     from retainops.kernels import pointwise as kernels
     from retainops.ops._launch import launch
-    from retainops.ops._operands import Grad, Kept, KeptSum, gradient
+    from retainops.ops._operands import Grad, Kept, KeptSum, gradients
 
 Maths = Callable[[], tuple[Any, Any]]
 """Makes the `@triton.jit` functions (FORWARD, BACKWARD) that kernels/pointwise.py describes."""
@@ -81,7 +81,7 @@ class Pointwise:
 
     def gradients(self, inputs: Sequence[Any], shape: torch.Size, needed: Sequence[bool]) -> tuple[Any, ...]:
         """What the backward kernel writes, one for each of its first GRADS inputs."""
-        return tuple([gradient(x, shape, need) for x, need in zip(inputs[: self.grads], needed, strict=False)])
+        return gradients(inputs[: self.grads], shape, needed)
 
     def returned(self, grads: Sequence[Any], inputs: Sequence[Any]) -> list[torch.Tensor | None]:
         """The gradient of each input, once it is written."""

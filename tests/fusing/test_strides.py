@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import retainops as ro
+from tests.conftest import Path
 from tests.fusing.test_own_norms import AroundTheMeanLayerNorm, GammaRMS_Norm, LitRMSNorm
 
 Tensor = torch.Tensor
@@ -117,9 +118,9 @@ def check(model: nn.Module, x: Tensor) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", MODULES)
-def test_strides_stay(name: str, layout: str) -> None:
+def test_strides_stay(name: str, layout: str, path: Path) -> None:
     torch.manual_seed(0)
-    check(MODULES[name](), LAYOUTS[layout]())
+    check(MODULES[name]().to(path.device), LAYOUTS[layout]().to(path.device))
 
 
 @pytest.mark.parametrize(
