@@ -39,9 +39,10 @@ class Form:
     partial: bool = False
     packs: bool = False
 
-    def turned(self, table: Tensor) -> int:
-        """How many elements of q a table is for."""
-        return table.shape[-1] * (2 if self.half_tables and not self.repeated else 1)
+    @property
+    def each(self) -> int:
+        """How many elements of q a column of a table is for."""
+        return 2 if self.half_tables and not self.repeated else 1
 
     def inputs(self, q: Tensor, k: Tensor, *tables: Tensor) -> tuple[Any, ...]:
         """What the op is to be called with."""
@@ -66,16 +67,18 @@ def form_of(function: Function) -> Form | None:
 
     Many compute in float32 whatever they are given. In 16 bits they must return what they are given.
     """
-    for form in FORMS:
-        if _turns(function, form, 8):
-            q, table = torch.ones(2, 5, 3, 8).transpose(1, 2), torch.ones(2, 5, 8 // form.turned(torch.empty(1)))
-            packs = all(t.is_contiguous() for t in function(q, q, table, table))
-            return dataclasses.replace(form, partial=_turns(function, form, 4), packs=packs)
-    return None
+    form = next((form for form in FORMS if _turns(function, form, 8)), None)
+    if form is None:
+        return None
+    with alone():
+        q, table = torch.ones(2, 5, 3, 8).transpose(1, 2), torch.ones(2, 5, 8 // form.each)
+        packs = all(t.is_contiguous() for t in function(q, q, table, table))
+    return dataclasses.replace(form, partial=_turns(function, form, 4), packs=packs)
 
 
 def _turns(function: Function, form: Form, turned: int) -> bool:
-    table = 2, 5, turned // form.turned(torch.empty(1))
+    """Whether a function turns so many of 8 elements in a form."""
+    table = 2, 5, turned // form.each
     shapes = (2, 3, 5, 8), (2, 1, 5, 8), table, table
     with alone() as generator:
         for dtype, rtol in ((torch.float32, 1e-5), (torch.bfloat16, 0.05)):
@@ -121,7 +124,7 @@ def _fits(form: Form, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
         return False
     if not (q.shape[0] == k.shape[0] and q.shape[2] == k.shape[2] == cos.shape[1] and q.shape[3] == k.shape[3]):
         return False
-    turned, size = form.turned(cos), q.shape[3]
+    turned, size = cos.shape[2] * form.each, q.shape[3]
     return turned % 2 == 0 and (turned == size or (form.partial and 0 < turned < size))
 
 
