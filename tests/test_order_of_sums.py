@@ -41,7 +41,7 @@ def test_gradients_of_broadcast_inputs_have_the_same_bits(
         x, w = x.requires_grad_(), rand(*small)
         return torch.autograd.grad(call(x, w, kept), (x, w), dy)
 
-    for _ in range(5):  # launched, noted, and done again
+    for _ in range(5 if want == "grad" else 1):  # launched, noted, and done again
         kept, expected = (ro.Retained(**{point: WANTS[want](kernels.device)}) for _ in "12")
         assert all(map(torch.equal, gradients(None), gradients(kept)))
     with ro.backend("reference"):
