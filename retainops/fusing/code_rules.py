@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from retainops.fusing import norms, parts
+from retainops.fusing import rotary as _rotary  # noqa: F401 - registers its rule
 from retainops.fusing._classes import Fused
 from retainops.fusing._probe import FUNCTIONS, recognised
 from retainops.fusing.norm_calls import ANY_CALL, GROUP, LAYER, RMS, NormCall, is_norm

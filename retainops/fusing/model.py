@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import nn
 
-from retainops.fusing import rotary as _rotary  # noqa: F401 - registers its rule
 from retainops.fusing import rules as _rules  # noqa: F401 - registers them, and before those of code
 from retainops.fusing._classes import Fused, become, clash, fused_class, has_forward, is_fused, restore, why_not
 from retainops.fusing._code import called, methods, sites_of, unread
