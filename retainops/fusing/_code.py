@@ -48,7 +48,8 @@ def _read(
     """A method's tree once sites are done, for reading only, since it is shared, and what is there. None: it has no
     source, or the class has it by another name, and so may others, which call it in a loop."""
     tree = _parsed(function)
-    given = (EXPERTS_GATE,) if function.__module__.startswith("transformers.") else ()
+    file = function.__module__ or ""  # a function made by exec may be of no module
+    given = (EXPERTS_GATE,) if file.startswith("transformers.") else ()
     if tree is None or name not in (tree.name, "forward", *given):
         return None, frozenset()
     tree.name = name

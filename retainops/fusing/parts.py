@@ -174,7 +174,7 @@ class Sdpa(HoldsPoints):
     def fused_sdpa(self, function: Any, *args: Any, **named: Any) -> Tensor:
         """function(*args, **named)."""
         if function is SDPA:
-            return self.call(*_in_order(*args, **named), op=ATTENTION)
+            return self.call(*in_order(*args, **named), op=ATTENTION)
         known = ATTENTIONS.get(function) if isinstance(function, FunctionType) else None
         if known is not None:
             return known(self, *args, **named)
@@ -185,7 +185,7 @@ ATTENTIONS: dict[Any, Callable[..., Tensor]] = {}
 """From functions of other libraries, which come to PyTorch's, to what an `Sdpa` is to do for a call of one."""
 
 
-def _in_order(
+def in_order(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -195,4 +195,5 @@ def _in_order(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> tuple[Any, ...]:
+    """The arguments of PyTorch's function, as those of the op are."""
     return query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa

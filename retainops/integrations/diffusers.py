@@ -7,7 +7,7 @@ from typing import Any
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, dispatch_attention_fn
 from torch import Tensor
 
-from retainops.fusing.parts import ATTENTIONS, Sdpa
+from retainops.fusing.parts import ATTENTIONS, Sdpa, in_order
 from retainops.nn.point import gradients_reach, note_grad_mode
 from retainops.ops.attention import ATTENTION
 
@@ -30,18 +30,11 @@ def dispatched(module: Sdpa, *args: Any, **named: Any) -> Tensor:
 
 def _asked(
     module: Sdpa,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
+    *args: Any,
     attention_kwargs: dict[str, Any] | None = None,
-    *,
     backend: Any = None,
     parallel_config: Any = None,
+    **named: Any,
 ) -> Tensor:
     if backend is None:
         backend, _ = _AttentionBackendRegistry.get_active_backend()
@@ -53,10 +46,11 @@ def _asked(
             f"{type(module).__name__}: points of its attention are asked for, and it is {what}; they are there with "
             'model.set_attention_backend("native"), and neither of attention_kwargs and a parallel config'
         )
-    if attn_mask is not None and attn_mask.shape == (query.shape[0], key.shape[1]):
-        attn_mask = attn_mask[:, None, None]  # of keys
+    query, key, value, mask, *rest = in_order(*args, **named)
+    if mask is not None and mask.shape == (query.shape[0], key.shape[1]):
+        mask = mask[:, None, None]  # of keys
     q, k, v = (t.transpose(1, 2) for t in (query, key, value))
-    return module.call(q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa, op=ATTENTION).transpose(1, 2)
+    return module.call(q, k, v, mask, *rest, op=ATTENTION).transpose(1, 2)
 
 
 ATTENTIONS[dispatch_attention_fn] = dispatched

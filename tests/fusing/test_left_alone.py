@@ -160,3 +160,11 @@ def test_layers_of_a_library_that_quantises(block: Block, x: torch.Tensor) -> No
         ("fc", "it is quantised, by bitsandbytes"),
     }
     assert_same(run(block, x), theirs)
+
+
+def test_a_method_that_is_of_no_module() -> None:
+    """As one that was made by exec."""
+    made: dict[str, Any] = {}
+    exec("def forward(self, x): return 2 * x", {"__name__": None}, made)
+    assert made["forward"].__module__ is None
+    assert not ro.fuse(type("Made", (nn.Module,), made)()).replaced
