@@ -213,7 +213,8 @@ class Asked:
                 )
             raise ValueError(
                 f"{who}: {type(_original(model)).__name__} has no points; call ro.fuse(model), which makes points of "
-                f"what it knows, put ro.nn.Point() where a gradient is wanted, or use modules of retainops.nn{more}"
+                "what it knows, and with outputs=... of what any module returns, put ro.nn.Point() where a gradient is "
+                f"wanted, or use modules of retainops.nn{more}"
             )
         wants = choose(who, list(there), matchers_of(who, what, want), isinstance(what, Mapping))
         for name, wanted in wants.items():
@@ -262,15 +263,20 @@ def _original(module: nn.Module) -> nn.Module:
         module = inner
 
 
+def modules_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of a model and their paths, as the names of points have them: wrappers are no part of those."""
+    for path, module in _original(model).named_modules():
+        yield ".".join(part for part in path.split(".") if part not in WRAPPED), module
+
+
 def _points_in(model: nn.Module) -> Iterator[ModelPoint]:
     parent_of = {child: type(parent).__name__ for parent in model.modules() for child in parent.children()}
-    for path, module in _original(model).named_modules():
+    for path, module in modules_of(model):
         for of in holders(module):
-            parts = [part for part in path.split(".") if part not in WRAPPED]
             kind, parent = type(module).__name__, parent_of.get(module)
             where = kind if parent in (None, *WRAPPERS) else f"{kind} in {parent}"
             for info in of.point_infos():
-                yield ModelPoint(".".join([*parts, info.name] if info.name else parts), where, of, info)
+                yield ModelPoint(".".join(filter(None, (path, info.name))), where, of, info)
 
 
 def _check_kind(who: str, point: ModelPoint, want: Want) -> None:

@@ -12,7 +12,8 @@ from retainops.relevance import Relevance
 from retainops.stats import Stats
 from retainops.wants import Want
 
-Patterns = str | Sequence[str] | Callable[[str], bool] | Mapping[str, Want]
+Names = str | Sequence[str] | Callable[[str], bool]
+Patterns = Names | Mapping[str, Want]
 Matcher = tuple[str, Callable[[str], bool], Want]
 """A pattern as it was written, as a test of a name, and what is wanted of the names that pass."""
 
@@ -49,10 +50,14 @@ def _check_want(who: str, want: Want) -> None:
         )
 
 
-def choose(who: str, names: list[str], matchers: list[Matcher], mapping: bool) -> dict[str, Want]:
+def choose(
+    who: str, names: list[str], matchers: list[Matcher], mapping: bool = False, kind: str = "point"
+) -> dict[str, Want]:
     """What is wanted of each name that matches, by the last matcher that it passes.
 
-    mapping: each matcher was given its own want, so one that decides nothing is a mistake.
+    Args:
+        mapping: each matcher was given its own want, so one that decides nothing is a mistake.
+        kind: what the names are of, in errors.
     """
     wants: dict[str, Want] = {}
     decides: dict[str, str] = {}
@@ -60,7 +65,7 @@ def choose(who: str, names: list[str], matchers: list[Matcher], mapping: bool) -
     for pattern, matches, want in matchers:
         chosen = [name for name in names if matches(name)]
         if not chosen:
-            raise KeyError(f"{who}: '{pattern}' matches no point; there are: {listed(names)}{_meant(pattern, names)}")
+            raise KeyError(f"{who}: '{pattern}' matches no {kind}; there are: {listed(names)}{_meant(pattern, names)}")
         if isinstance(want, Into) and len(chosen) > 1:
             raise ValueError(
                 f"{who}: one Into buffer for {listed(chosen)}; give each name its own: "

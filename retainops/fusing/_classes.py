@@ -15,6 +15,7 @@ from torch import nn
 
 from retainops.fusing._code import Methods, methods, rewritten, wrappers
 from retainops.fusing._patterns import Site
+from retainops.fusing.outputs import Output, with_point
 from retainops.nn.point import HoldsPoints
 from retainops.registry import Op, PointInfo
 
@@ -38,7 +39,8 @@ class Fused(HoldsPoints):
         self.__dict__["_requests"] = ()
 
     def point_infos(self) -> tuple[PointInfo, ...]:
-        return tuple(info for part in self.fused_parts for info in _infos_of(part, self))
+        kinds = (self.fused_from, *self.fused_parts)
+        return tuple(info for kind in kinds if issubclass(kind, HoldsPoints) for info in _infos_of(kind, self))
 
     def _get_name(self) -> str:
         return f"{type(self).__name__} (fused)"  # in a model's repr
@@ -89,10 +91,12 @@ def _fused_class(
     part = next((part for part in parts if has_forward(part)), None)
     if part is not None:
         body["forward"] = _called_as(original.forward, part.forward)
-    cls = type(original.__name__, (Fused, *parts, original), body)
+    cls: Any = type(original.__name__, (Fused, *parts, original), body)
     for name in dict.fromkeys(site.method for site in sites):  # a base's __init_subclass__ may have wrapped it again
         if name in vars(cls) and wrappers(vars(cls)[name]) != wrappers(dict(functions)[name]):
             raise LookupError(f"its method {name} was wrapped since its class was made")
+    if Output in parts:
+        cls.forward = with_point(vars(cls).get("forward", original.forward))
     return cls
 
 
@@ -154,18 +158,27 @@ OURS = frozenset(["forward", "extra_repr", "_get_name", "normalized_shape"])
 def clash(module: nn.Module, parts: tuple[Any, ...]) -> str | None:
     """A name that parts have and the module has too, for something else; None: there is none."""
     kinds: tuple[Any, ...] = (Fused, *parts)
-    bases = {base for part in kinds for base in part.__mro__ if base not in type(module).__mro__}
-    ours = {name for base in bases for name in vars(base) if not name.startswith("__")} | {"_requests"}
-    theirs = {name for base in type(module).__mro__ if base not in nn.Module.__mro__ for name in vars(base)}
+    cls = type(module).fused_from if is_fused(module) else type(module)  # type: ignore[attr-defined]
+    bases = {base for part in kinds for base in part.__mro__ if base not in cls.__mro__}
+    ours = {name for base in bases for name in vars(base) if not name.startswith("__")} - OURS
+    if not isinstance(module, HoldsPoints):
+        ours.add("_requests")
+    theirs = {name for base in cls.__mro__ if base not in nn.Module.__mro__ for name in vars(base)}
     own = (vars(module), module._modules, module._parameters, module._buffers)
-    return min((ours - OURS) & theirs.union(*own), default=None)
+    return min(ours & theirs.union(*own), default=None)
 
 
 def become(module: nn.Module, parts: tuple[type[HoldsPoints], ...], sites: tuple[Site, ...]) -> None:
     """Fuse one module."""
-    cls = fused_class(type(module), parts, sites)
+    _set_class(module, fused_class(type(module), parts, sites))
+
+
+def _set_class(module: nn.Module, cls: type[nn.Module]) -> None:
     object.__setattr__(module, "__class__", cls)  # a module may refuse its attributes to be set
-    module.__dict__["_requests"] = ()
+    if issubclass(cls, HoldsPoints):
+        module.__dict__["_requests"] = ()
+    else:
+        del module.__dict__["_requests"]
 
 
 OF_FUSION = "_retainops_fused_"
@@ -176,5 +189,37 @@ def restore(module: nn.Module) -> None:
     """Unfuse one module."""
     for name in [name for name in vars(module) if name.startswith(OF_FUSION)]:
         del module.__dict__[name]
-    object.__setattr__(module, "__class__", type(module).fused_from)  # type: ignore[attr-defined]
-    del module.__dict__["_requests"]
+    _set_class(module, type(module).fused_from)  # type: ignore[attr-defined]
+
+
+def change_parts(module: Any, parts: tuple[type[HoldsPoints], ...]) -> None:
+    """Give a module that is fused these parts, in place of those that it has; none: it is unfused."""
+    cls = type(module)
+    if parts:
+        _set_class(module, fused_class(cls.fused_from, parts, cls.fused_sites))
+    else:
+        restore(module)
+
+
+def add_output(module: Any) -> None:
+    """Make the output of a module a point, whether it is fused or not."""
+    if is_fused(module):
+        change_parts(module, (*type(module).fused_parts, Output))
+    else:
+        become(module, (Output,), ())
+
+
+def remove_output(module: Any) -> None:
+    """The module as it was before `add_output`."""
+    change_parts(module, tuple(part for part in type(module).fused_parts if part is not Output))
+
+
+def has_output(module: nn.Module) -> bool:
+    """Whether `add_output` was here."""
+    return is_fused(module) and isinstance(module, Output)
+
+
+def class_before(module: nn.Module) -> type[nn.Module]:
+    """A module's class, or where its output was made a point and nothing else, the one that it had before."""
+    cls: Any = type(module)
+    return cls.fused_from if getattr(cls, "fused_parts", ()) == (Output,) else cls

@@ -10,37 +10,56 @@ from typing import Any
 from torch import nn
 
 from retainops.fusing import rules as _rules  # noqa: F401 - registers them, and before those of code
-from retainops.fusing._classes import Fused, become, clash, fused_class, has_forward, is_fused, restore, why_not
+from retainops.fusing._classes import (
+    Fused,
+    add_output,
+    become,
+    clash,
+    fused_class,
+    has_forward,
+    has_output,
+    is_fused,
+    remove_output,
+    restore,
+    why_not,
+)
 from retainops.fusing._code import called, methods, sites_of, unread
 from retainops.fusing._patterns import Site
 from retainops.fusing.code_rules import may_concern
+from retainops.fusing.outputs import Output, without
 from retainops.fusing.parts import FUNCTION
 from retainops.fusing.registry import RULES, Change, Part, Rule
 from retainops.fusing.table import Row, Table
+from retainops.models import modules_of
 from retainops.names import listed
 from retainops.nn.guests import requests_of
 from retainops.nn.point import HoldsPoints
+from retainops.patterns import Names, choose, matchers_of
 
 
-def fuse(model: nn.Module, *, rules: Sequence[Rule | str] | None = None) -> Table:
+def fuse(model: nn.Module, *, rules: Sequence[Rule | str] | None = None, outputs: Names = ()) -> Table:
     """Replace what a model computes by the ops of retainops, where a rule knows it: in place, and reversibly.
 
     The modules stay the objects that they are, with their parameters, names and hooks; their classes become subclasses
     of their classes. State dicts are the same before and after. `ro.retain(model, ...)` then reaches the interiors,
     which `ro.points(model)` lists, and `ro.unfuse(model)` gives every module its own class back.
 
-    What is not known for certain is left as it is. A model that is fused already is not changed.
+    What is not known for certain is left as it is. A model that is fused already is not changed, but for `outputs` that
+    it had none of.
 
     Args:
         model: any module: of torch.nn, transformers, timm, diffusers, or your own; compiled or not.
         rules: which rules, by name or as `ro.fuse_rule` gives them; None: every one that is registered.
+        outputs: of which modules what they return is to be a point, named by the module's path and `out`: a pattern of
+            paths as `ro.retain` takes it ("model.layers.*" is each layer and all that is in it), several, or a callable
+            on the path. With `rules=[]` nothing else is done.
 
     Returns:
         A table of `Row`s, one for each place: what is there now, or why it was left.
 
     Raises:
         TypeError: `model` is not a module.
-        KeyError: there is no rule of a name; the message lists them.
+        KeyError: there is no rule of a name, or no module of a pattern in `outputs`; the message lists them.
         RuntimeError: its points are asked for, in a `with ro.retain(model, ...)` or in a step of `ro.watch`.
 
     Example:
@@ -50,7 +69,7 @@ def fuse(model: nn.Module, *, rules: Sequence[Rule | str] | None = None) -> Tabl
     """
     model = _checked("fuse", model)
     _not_asked("fuse", model)
-    return _Fusing(_chosen(rules)).run(model)
+    return _Fusing(_chosen(rules)).run(model, _matching(model, outputs))
 
 
 def unfuse(model: nn.Module) -> Table:
@@ -112,6 +131,14 @@ def _chosen(rules: Sequence[Rule | str] | None) -> list[Rule]:
     return [rule if isinstance(rule, Rule) else RULES[rule] for rule in rules]
 
 
+def _matching(model: nn.Module, outputs: Names) -> list[nn.Module]:
+    """The modules in a model whose paths match."""
+    if not callable(outputs) and not outputs:
+        return []
+    there = {path: module for path, module in modules_of(model) if path}
+    return [there[path] for path in choose("fuse", list(there), matchers_of("fuse", outputs, None), kind="module")]
+
+
 class _Fusing:
     """One call of `fuse`: what it did so far."""
 
@@ -123,13 +150,20 @@ class _Fusing:
         self.undo: list[Callable[[], Any]] = []
         self.adopt: list[Callable[[], Any]] = []
 
-    def run(self, model: nn.Module) -> Table:
+    def run(self, model: nn.Module, outputs: Sequence[nn.Module] = ()) -> Table:
         places = {module: name for name, module in model.named_modules()}
+        had = [module for module in places if has_output(module)]
         try:
+            for module in had:  # the rules look at what it is besides
+                self.step(remove_output, add_output, module)
             given = {module: self.by_kind(name, module) for module, name in places.items()}
             for module, parts in given.items():  # once the norms are fused, of which a rule of code asks
                 if parts is not None:
                     self.by_code(places[module], module, parts)
+            for module in had:
+                self.step(add_output, remove_output, module)
+            for module in outputs:
+                self.output(places[module], module)
             for step in self.adopt:
                 step()
         except BaseException:  # wholly, or not at all
@@ -169,9 +203,26 @@ class _Fusing:
             return None
         return ()
 
+    def step(self, do: Callable[..., None], undo: Callable[..., None], module: nn.Module, *arguments: Any) -> None:
+        do(module, *arguments)
+        self.undo.append(functools.partial(undo, module))
+
     def become(self, module: Any, parts: tuple[Part, ...], sites: tuple[Site, ...]) -> None:
-        become(module, parts, sites)
-        self.undo.append(functools.partial(restore, module))
+        self.step(become, restore, module, parts, sites)
+
+    def output(self, name: str, module: nn.Module) -> None:
+        """Make a module's output a point, unless it cannot be one."""
+        if has_output(module):
+            reason: str | None = "its output is a point already"
+        elif isinstance(module, Fused) and not is_fused(module):
+            reason = "something made another class of its class since"
+        elif isinstance(module, HoldsPoints):
+            reason = without(module) or why_not(module)
+        else:
+            reason = without(module) or _why_not(module, (Output,), ())
+        if reason is None:
+            self.step(add_output, remove_output, module)
+        self.rows.append(Row(name, type(module).__name__, "output" if reason is None else None, reason or ""))
 
     def by_code(self, name: str, module: Any, parts: tuple[Part, ...]) -> None:
         """Ask the rules for code about each place in its methods."""

@@ -16,9 +16,10 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules import module as torch_module
 
-from retainops.fusing._classes import become, clash, restore
+from retainops.fusing._classes import change_parts, clash, class_before
 from retainops.fusing._probe import function_named, recognised
 from retainops.fusing.norms import OF_SUM, OfSum
+from retainops.fusing.outputs import is_asked
 from retainops.nn.gated import Gated
 from retainops.nn.point import HoldsPoints
 from retainops.ops.attention import ATTENTION
@@ -36,7 +37,7 @@ BIASED = {name: find(f"add_{name}") for name in ("relu", "gelu", "gelu_tanh", "s
 
 
 def bare(module: Any) -> bool:
-    """Whether to call a module is to call the forward of its class: no hook waits for it."""
+    """Whether to call a module is to call the forward of its class: no hook waits for it, nor for its output."""
     if not isinstance(module, nn.Module):
         return True
     return type(module).__call__ is nn.Module.__call__ and not (
@@ -46,6 +47,7 @@ def bare(module: Any) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
         or torch_module._has_any_global_hook()
+        or is_asked(module)
     )
 
 
@@ -92,10 +94,9 @@ class AddNorm(HoldsPoints):
     @staticmethod
     def adopt(module: nn.Module, *, NORM: str) -> None:
         norm = getattr(module, NORM)
-        part = type(norm).fused_parts[0]
-        if part in OF_SUM:
-            restore(norm)
-            become(norm, (part if clash(norm, (OF_SUM[part],)) else OF_SUM[part],), ())
+        part, *more = type(norm).fused_parts
+        if part in OF_SUM and not clash(norm, (OF_SUM[part],)):
+            change_parts(norm, (OF_SUM[part], *more))
 
     def fused_add_norm(self, norm: Any, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """(norm(x + residual), x + residual)."""
@@ -151,14 +152,14 @@ class BiasAct(CallsActivation):
         op, bias = BIASED.get(function_of(act, **options) or ""), getattr(linear, "bias", None)
         if op is None or bias is None or not has_plain_product(linear) or not bare(linear):
             return act(self.point("c", linear(x)), **options)
-        weight = linear.weight if type(linear) is nn.Linear else linear.weight.mT
+        weight = linear.weight if isinstance(linear, nn.Linear) else linear.weight.mT
         y = F.linear(x, weight)
         return self.call(y, bias.to(y.dtype), op=op)  # under autocast y has another dtype
 
 
 def has_plain_product(linear: Any) -> bool:
     """Whether a layer is torch's Linear or transformers' Conv1D, and not something made of one."""
-    cls = type(linear)
+    cls = class_before(linear)
     return cls is nn.Linear or (cls.__name__, cls.__module__) == ("Conv1D", "transformers.pytorch_utils")
 
 
