@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import retainops as ro
+from retainops.fusing.parts import has_plain_product
 from tests.fusing.blocks import OPS, POINTS, Block, assert_same, run
 from tests.fusing.families import make, step
 
@@ -72,6 +73,7 @@ def test_nothing_else_changes(block: Block, x: torch.Tensor) -> None:
     with ro.retain(block, POINTS) as ours:
         assert all(torch.equal(a, b) for a, b in zip(run(block, x), expected, strict=True))
     assert all(torch.equal(ours[name].grad, theirs[name].grad) for name in POINTS)
+    assert has_plain_product(block.fc)  # so the op is called, whose reference computes the same bits
 
 
 def test_everything_at_once(block: Block, x: torch.Tensor) -> None:
@@ -279,6 +281,23 @@ def test_what_is_no_tensor_is_an_error_where_it_is_asked(x: torch.Tensor) -> Non
     )
     with ro.retain(model), pytest.raises(TypeError, match=re.escape(expected)):
         model(x)
+
+
+class Gated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.act = nn.Linear(8, 8), nn.Linear(8, 8), nn.SiLU()
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"y": self.act(self.gate(x)) * self.up(x)}
+
+
+def test_and_no_error_where_other_points_of_the_module_are_asked(x: torch.Tensor) -> None:
+    model = nn.Sequential(Gated())
+    ro.fuse(model, outputs="0")
+    with ro.retain(model, "0.act") as kept:
+        model(x)["y"].sum().backward()
+    assert kept["0.act"].grad is not None
 
 
 class Named(nn.Linear):
