@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -166,6 +167,17 @@ def clash(module: nn.Module, parts: tuple[Any, ...]) -> str | None:
     theirs = {name for base in cls.__mro__ if base not in nn.Module.__mro__ for name in vars(base)}
     own = (vars(module), module._modules, module._parameters, module._buffers)
     return min(ours & theirs.union(*own), default=None)
+
+
+def twice(module: nn.Module, cls: type[Fused]) -> str | None:
+    """What to say of two points of one name that a module would have as one of this class; None: there are none."""
+    before = type(module)
+    object.__setattr__(module, "__class__", cls)  # what its points are may depend on its attributes
+    try:
+        names = Counter(info.name for info in module.point_infos())  # type: ignore[operator]
+    finally:
+        object.__setattr__(module, "__class__", before)
+    return next((f"it would have two points called '{name}'" for name, n in names.items() if n > 1), None)
 
 
 def become(module: nn.Module, parts: tuple[type[HoldsPoints], ...], sites: tuple[Site, ...]) -> None:

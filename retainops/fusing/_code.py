@@ -47,7 +47,7 @@ def _read(
 ) -> tuple[ast.FunctionDef | None, frozenset[Any]]:
     """A method's tree once sites are done, for reading only, since it is shared, and what is there. None: it has no
     source, or the class has it by another name, and so may others, which call it in a loop."""
-    tree = _parsed(function)
+    tree = parsed(function)
     file = function.__module__ or ""  # a function made by exec may be of no module
     given = (EXPERTS_GATE,) if file.startswith("transformers.") else ()
     if tree is None or name not in (tree.name, "forward", *given):
@@ -68,7 +68,7 @@ def rewritten(functions: Methods, sites: tuple[Site, ...], owner: int = 0) -> di
     made = {}
     for name in dict.fromkeys(site.method for site in sites):
         function = dict(functions).get(name)
-        tree = _parsed(function) if function else None
+        tree = parsed(function) if function else None
         if tree is None:
             raise LookupError(f"its method {name} has no source that can be read")
         tree.name = name
@@ -87,15 +87,18 @@ def _rewrite(tree: ast.FunctionDef, sites: list[Site], owner: int) -> None:
 
 
 def methods(cls: type) -> Methods:
-    """The functions of the class that defines forward, as they are now, but for those that a subclass overrides."""
+    """The functions of the class that defines forward, as they are now, but for those that a subclass overrides, and
+    for `__init__`, which has been called.
+    """
     owner = next(c for c in cls.__mro__ if "forward" in vars(c))
     if owner is nn.Module:
         return ()
-    there = ((name, value) for name, value in vars(owner).items() if isinstance(value, FunctionType))
+    there = ((k, v) for k, v in vars(owner).items() if isinstance(v, FunctionType) and k != "__init__")
     return tuple((name, value) for name, value in there if getattr(cls, name) is value)
 
 
-def _parsed(function: Any) -> ast.FunctionDef | None:
+def parsed(function: Any) -> ast.FunctionDef | None:
+    """The tree of a function; None: its source cannot be read, or is not that of its code."""
     inner = inspect.unwrap(function)
     if not isinstance(inner, FunctionType):
         return None
@@ -175,7 +178,7 @@ def unread(cls: type) -> str | None:
     function = dict(methods(cls)).get("forward")
     if function is None:
         return None
-    if _parsed(function) is None:
+    if parsed(function) is None:
         return "the source of its forward cannot be read, or is not that of its code"
     closed = closes_over(function)
     return None if closed is None or closed == SUPER else f"its forward {closed}"
@@ -186,7 +189,7 @@ SUPER = "calls super()"  # many do, and it hides nothing
 
 def keeps(function: Any, number: int) -> bool:
     """Whether a function has a parameter of that number, and it is never another object."""
-    tree = _parsed(function)
+    tree = parsed(function)
     if tree is None:
         return False
     names = [a.arg for a in (*tree.args.posonlyargs, *tree.args.args)]

@@ -11,7 +11,9 @@ from retainops.fusing import norms, parts
 from retainops.fusing import rotary as _rotary  # noqa: F401 - registers its rule
 from retainops.fusing._classes import Fused
 from retainops.fusing._probe import FUNCTIONS, recognised
-from retainops.fusing.norm_calls import ANY_CALL, GROUP, LAYER, RMS, NormCall, is_norm
+from retainops.fusing.loss_calls import FUNCTION, MODULE, LossCall, why_not_once
+from retainops.fusing.norm_calls import GROUP, LAYER, RMS, NormCall, is_norm
+from retainops.fusing.op_calls import ANY_CALL
 from retainops.fusing.processors import calls_sdpa
 from retainops.fusing.registry import fuse_rule
 from retainops.fusing.rules import Verdict, has_norm_call
@@ -31,6 +33,14 @@ def sdpa(module: Any, FN: Any) -> Verdict:
 def functional_norm(module: Any, FN: Any) -> Verdict:
     """A call of PyTorch's layer_norm, rms_norm or group_norm."""
     return NormCall if is_norm(FN) and has_norm_call(module) else None
+
+
+@fuse_rule(before=ANY_CALL, after="self.fused_loss(FN, *ARGS, **NAMED)")
+def loss(module: Any, FN: Any) -> Verdict:
+    """A cross entropy, by PyTorch's function or a module that is made here."""
+    if FN is FUNCTION:
+        return LossCall
+    return (why_not_once(module) or LossCall) if FN is MODULE else None
 
 
 NORMED = "self.fused_add_norm(self.NORM, X, Y)"
@@ -132,7 +142,8 @@ def gated(module: Any, ACT: Any) -> Verdict:
     return parts.GatedUnit if name in parts.UNIT_OF else f"it is {name}, and there is no gated unit of it"
 
 
-NAMES = {function.__name__ for function in (parts.SDPA, LAYER, RMS, GROUP, *FUNCTIONS)}
+KNOWN: tuple[Any, ...] = (parts.SDPA, LAYER, RMS, GROUP, FUNCTION, MODULE, *FUNCTIONS)
+NAMES = {function.__name__ for function in KNOWN}
 
 
 def may_concern(module: nn.Module) -> bool:

@@ -21,6 +21,7 @@ from retainops.fusing._classes import (
     is_fused,
     remove_output,
     restore,
+    twice,
     why_not,
 )
 from retainops.fusing._code import called, methods, sites_of, unread
@@ -278,7 +279,7 @@ def _why_not(module: Any, parts: Any, sites: tuple[Site, ...]) -> str | None:
         reason = f"it has a '{name}' of its own, and so has what it would be given"
     if reason is None:
         try:
-            fused_class(cls, parts, sites)
+            reason = twice(module, fused_class(cls, parts, sites))
         except (LookupError, TypeError) as error:
             reason = str(error)
     return reason

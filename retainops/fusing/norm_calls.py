@@ -12,17 +12,16 @@ from torch.nn import functional as F
 from retainops.fusing._code import called, methods, sites_of
 from retainops.fusing._patterns import Pattern
 from retainops.fusing.norms import as_autocast_has_it, as_pytorch_has_it
-from retainops.nn.point import HoldsPoints, gradients_reach
+from retainops.fusing.op_calls import ANY_CALL, EXCHANGED, Call, op_or_own
+from retainops.nn.point import HoldsPoints
 from retainops.ops.group_norm import GROUP_NORM
 from retainops.ops.norm import LAYER_NORM, RMS_NORM, eps_of
-from retainops.registry import Op, PointInfo
+from retainops.registry import PointInfo
 
 Tensor = torch.Tensor
-Call = tuple[Op, tuple[Any, ...]]
 
 LAYER, RMS, GROUP = F.layer_norm, F.rms_norm, F.group_norm
 """PyTorch's, whatever stands there by now."""
-ANY_CALL = "FN(*ARGS, **NAMED)"
 
 
 def is_norm(function: Any) -> bool:
@@ -43,24 +42,17 @@ class NormCall(HoldsPoints):
     def point_infos(self) -> tuple[PointInfo, ...]:
         return (PointInfo("xhat", "x, normalised", "of x"),)
 
-    def fused_norm(self, function: Any, *args: Any, **named: Any) -> Tensor:
+    def fused_norm(self, function: Any, *args: Any, **named: Any) -> Any:
         """function(*args, **named)."""
         if not is_norm(function):
-            found: Call | str = "it is another function than when the model was fused"
+            found: Call | str = EXCHANGED
         else:
             in_order = _layer_norm if function is LAYER else _rms_norm if function is RMS else _group_norm
             found = in_order(*args, **named)
         if not isinstance(found, str):
             op, (x, *rest) = found
-            return self.call(as_pytorch_has_it(x, op is not LAYER_NORM), *rest, op=op)
-        y: Tensor = function(*args, **named)
-        if any("xhat" in request for request in self._requests) and gradients_reach(y):
-            name = getattr(function, "__name__", "function")
-            raise RuntimeError(
-                f"{type(self).__name__}: 'xhat' is asked for, and no op stands for its call of {name}: {found}; "
-                "leave this point out"
-            )
-        return y
+            found = op, (as_pytorch_has_it(x, op is not LAYER_NORM), *rest)
+        return op_or_own(self, ("xhat",), found, function, args, named)
 
 
 # From the functions' arguments to an op and its inputs, or a string: why PyTorch's function is to be called.

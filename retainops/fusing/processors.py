@@ -21,7 +21,7 @@ from torch import nn
 from retainops.fusing._classes import OF_FUSION
 from retainops.fusing._code import called, keeps, rewritten, sites_in, wrappers
 from retainops.fusing._patterns import Pattern, Site
-from retainops.fusing.norm_calls import ANY_CALL
+from retainops.fusing.op_calls import ANY_CALL
 from retainops.fusing.parts import ATTENTIONS, SDPA, Sdpa
 from retainops.fusing.registry import fuse_rule
 

@@ -16,6 +16,7 @@ from torch import nn
 from retainops.fusing import gated_norms, norms
 from retainops.fusing._probe import same_norm
 from retainops.fusing.loss import PATH, LMLoss
+from retainops.fusing.loss_calls import CrossEntropyLoss
 from retainops.fusing.norm_calls import calls_norm
 from retainops.fusing.registry import Change, Part, fuse_rule
 from retainops.nn.attention import MultiheadAttention
@@ -49,7 +50,9 @@ def lm_loss(module: Any) -> Verdict:
     names = inspect.unwrap(cls.forward).__code__.co_names
     if "loss_function" not in names:
         made = [name for name in names if name.endswith("Loss") and hasattr(nn, name)]
-        return f"its forward makes its loss itself, by {made[0]}" if made else None
+        if not made or nn.CrossEntropyLoss.__name__ in made:  # which is found in its code
+            return None
+        return f"its forward makes its loss itself, by {made[0]}"
     if isinstance(module._modules.get(PATH), LMLoss):
         return "already fused"
     function = module.loss_function
@@ -79,6 +82,15 @@ def undo_lm_loss(module: Any) -> str | None:
         if loss.was_set is not None:
             vars(module)["_loss_function"] = loss.was_set
     return "cross_entropy"
+
+
+@fuse_rule
+def cross_entropy_loss(module: nn.Module) -> Verdict:
+    """torch.nn.CrossEntropyLoss."""
+    kind = nn.CrossEntropyLoss
+    if type(module) is not kind:
+        return _overriding(module, kind) if type(module).forward is not kind.forward else None
+    return CrossEntropyLoss if _has_own_forward(kind) else "the forward of torch.nn.CrossEntropyLoss was exchanged"
 
 
 @fuse_rule

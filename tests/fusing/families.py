@@ -107,7 +107,7 @@ FAMILIES: dict[str, Family] = {
     "bert": Family(
         _hf("BertForMaskedLM", "BertConfig", **{k: v for k, v in SIZES.items() if k != "head_dim"}),
         tokens,
-        {"attention": 1, "layer_norm": 6, "add_norm": 5, "bias_act": 3},
+        {"attention": 1, "layer_norm": 6, "add_norm": 5, "bias_act": 3, "loss": 1},
     ),
     "vit": Family(
         _hf(
@@ -138,7 +138,7 @@ FAMILIES: dict[str, Family] = {
             decoder_start_token_id=0,
         ),
         sequences,
-        {"rms_norm": 12, "gated": 4},
+        {"rms_norm": 12, "gated": 4, "loss": 1},
     ),
     "timm vit": Family(
         _timm(

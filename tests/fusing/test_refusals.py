@@ -310,10 +310,10 @@ def test_models_of_one_configuration() -> None:
 def test_the_loss_of_a_model_says_nothing_about_its_attention() -> None:
     from tests.fusing.families import make
 
-    model, _ = make("bert")
+    model, _ = make("vit")
     table = ro.fuse(model)
     assert [row.op for row in table if not row.name] == [None, "attention"]
-    assert model.config is model.bert.config
+    assert model.config is model.vit.config
 
 
 def test_nothing_is_fused_or_unfused_while_it_is_asked(x: torch.Tensor) -> None:

@@ -1,0 +1,155 @@
+"""The cross entropy that a forward computes: PyTorch's function or module, or a module that is made in the forward."""
+
+from __future__ import annotations
+
+import ast
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from retainops.fusing._code import called, methods, parsed
+from retainops.fusing._patterns import LOOPS
+from retainops.fusing.op_calls import EXCHANGED, Call, op_or_own
+from retainops.nn.point import HoldsPoints
+from retainops.ops.cross_entropy import CROSS_ENTROPY
+from retainops.registry import PointInfo
+
+Tensor = torch.Tensor
+FUNCTION, MODULE = F.cross_entropy, nn.CrossEntropyLoss
+"""PyTorch's, whatever stands there by now."""
+POINTS = tuple(info.name for info in CROSS_ENTROPY.points)
+
+
+class LossCall(HoldsPoints):
+    """For a module whose forward computes a cross entropy; its points are logits and p, as the loss is given them."""
+
+    def point_infos(self) -> tuple[PointInfo, ...]:
+        return CROSS_ENTROPY.points
+
+    def fused_loss(self, function: Any, *args: Any, **named: Any) -> Any:
+        """function(*args, **named): the loss, or of a class of losses what computes one."""
+        if function is MODULE:  # which Dynamo takes for a function: it has no attributes there
+            return functools.partial(self.fused_loss_by, _options(*args, **named))
+        found = _as_op(*args, **named) if function is FUNCTION else EXCHANGED
+        return op_or_own(self, POINTS, found, function, args, named)
+
+    def fused_loss_by(self, options: tuple[Any, ...], input: Any, target: Any) -> Any:
+        """The loss, by a `torch.nn.CrossEntropyLoss` with these options."""
+        args = input, target, *options
+        return op_or_own(self, POINTS, _as_op(*args), FUNCTION, args, {})
+
+
+class CrossEntropyLoss(HoldsPoints):
+    """`torch.nn.CrossEntropyLoss`; its points are logits and p."""
+
+    op = CROSS_ENTROPY
+
+    def forward(self: Any, input: Any, target: Any) -> Any:
+        args = input, target, self.weight, None, self.ignore_index, None, self.reduction, self.label_smoothing
+        return op_or_own(self, POINTS, _as_op(*args), FUNCTION, args, {})
+
+
+def _options(
+    weight: Any = None,
+    size_average: Any = None,
+    ignore_index: Any = -100,
+    reduce: Any = None,
+    reduction: Any = "mean",
+    label_smoothing: Any = 0.0,
+) -> tuple[Any, ...]:
+    return weight, size_average, ignore_index, reduce, reduction, label_smoothing
+
+
+def _as_op(
+    input: Any,
+    target: Any,
+    weight: Any = None,
+    size_average: Any = None,
+    ignore_index: Any = -100,
+    reduce: Any = None,
+    reduction: Any = "mean",
+    label_smoothing: Any = 0.0,
+) -> Call | str:
+    """From the function's arguments to the op and its inputs, or why PyTorch's is to be called: for its errors, too."""
+    if not all(isinstance(x, Tensor) and not x.is_nested for x in (input, target)) or not input.is_floating_point():
+        return "it is not of a tensor of floating-point numbers and one of classes"
+    if target.dtype is not torch.int64:
+        return f"its target is {target.dtype}, and the op takes class indices"
+    if input.dim() > 2:
+        return f"its input has {input.dim()} dims, and the op takes classes in the last one"
+    if input.shape[:-1] != target.shape or not input.dim() or not input.shape[-1] or input.device != target.device:
+        return "its target does not fit its input"
+    if weight is not None and (
+        not isinstance(weight, Tensor)
+        or weight.requires_grad
+        or (weight.shape, weight.dtype, weight.device) != (input.shape[-1:], input.dtype, input.device)
+    ):
+        return "its weight is not a constant number for each class"
+    if size_average is not None or reduce is not None or reduction not in ("none", "mean", "sum"):
+        return "it says by size_average or reduce how it is reduced"
+    if not isinstance(ignore_index, int) or not 0 <= label_smoothing <= 1:
+        return f"its ignore_index is {ignore_index}, its label_smoothing {label_smoothing}"
+    return CROSS_ENTROPY, (input, target, weight, ignore_index, reduction, label_smoothing, 0.0, None)
+
+
+def why_not_once(module: nn.Module) -> str | None:
+    """Why the losses that a module's methods make have no points: those of two calls would be sums. None: they have."""
+    for _, function in methods(type(module)):
+        tree = parsed(function)
+        if tree is None:
+            continue
+        is_loss = functools.partial(_is_loss, module, function)
+        for made in _makes(tree, is_loss):
+            if (why := _why_not_once(tree, made)) is not None:
+                return why
+    return None
+
+
+def _is_loss(module: nn.Module, function: Any, name: str) -> bool:
+    return called(module, function, name) is MODULE
+
+
+def _makes(tree: ast.FunctionDef, is_loss: Callable[[str], bool]) -> Iterator[ast.Call]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, (ast.Name, ast.Attribute)):
+            name = ast.unparse(node.func)
+            if name.rpartition(".")[2].isidentifier() and is_loss(name):
+                yield node
+
+
+def _why_not_once(tree: ast.FunctionDef, made: ast.Call) -> str | None:
+    if any(isinstance(node, ast.Call) and node.func is made for node in ast.walk(tree)):
+        return None
+    assigned = [n for n in ast.walk(tree) if isinstance(n, ast.Assign) and n.value is made]
+    if len(assigned) != 1 or len(assigned[0].targets) != 1 or not isinstance(assigned[0].targets[0], ast.Name):
+        return "what becomes of the loss that it makes is not known"
+    name = assigned[0].targets[0].id
+    named = [n for n in ast.walk(tree) if isinstance(n, ast.Name) and n.id == name]
+    place = _place(made)
+    until = min((_place(n) for n in named if isinstance(n.ctx, ast.Store) and _place(n) > place), default=(1 << 62, 0))
+    loads = {id(n) for n in named if isinstance(n.ctx, ast.Load) and place < _place(n) < until}
+    callees = {id(n.func) for n in ast.walk(tree) if isinstance(n, ast.Call)}
+    if not loads <= callees:
+        return "the loss that it makes is not only called"
+    often = _most(tree, loads)
+    if often > 1:
+        return "the loss that it makes is called several times, and its points would be of several calls"
+    return None if often else "the loss that it makes may be another one where it is called"
+
+
+def _place(node: Any) -> tuple[int, int]:
+    return node.lineno, node.col_offset
+
+
+def _most(node: ast.AST, wanted: set[int]) -> int:
+    """How many of these nodes run at most; in a loop they count twice."""
+    if isinstance(node, (ast.If, ast.IfExp)):
+        branches = (node.body, node.orelse)
+        here = [sum(_most(n, wanted) for n in (b if isinstance(b, list) else [b])) for b in branches]
+        return _most(node.test, wanted) + max(here)
+    inside = sum(_most(child, wanted) for child in ast.iter_child_nodes(node))
+    return (id(node) in wanted) + inside * (2 if isinstance(node, LOOPS) else 1)

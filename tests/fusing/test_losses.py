@@ -1,0 +1,377 @@
+"""Cross entropies that a model's own forward computes, and `torch.nn.CrossEntropyLoss`."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import CrossEntropyLoss
+from torch.nn import functional as F
+from transformers import BertConfig, BertForPreTraining, BertForQuestionAnswering, BertForSequenceClassification
+
+import retainops as ro
+from tests.conftest import Path
+
+N, V = 6, 10
+
+
+class Model(nn.Module):
+    """A projection, and a loss as it is written in many places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.head = nn.Linear(8, V)
+
+
+class Function(Model):
+    """As nanoGPT has it."""
+
+    def forward(self, x: torch.Tensor, target: torch.Tensor, **options: Any) -> torch.Tensor:
+        logits = self.head(x)
+        return F.cross_entropy(logits, target, **options)
+
+
+class Made(Model):
+    """As BERT has it."""
+
+    def forward(self, x: torch.Tensor, target: torch.Tensor, **options: Any) -> torch.Tensor:
+        logits = self.head(x)
+        loss_fct = CrossEntropyLoss(**options)
+        labels = target
+        return loss_fct(logits, labels)
+
+
+class MadeAndCalled(Model):
+    def forward(self, x: torch.Tensor, target: torch.Tensor, **options: Any) -> torch.Tensor:
+        logits = self.head(x)
+        return nn.CrossEntropyLoss(**options)(logits, target)
+
+
+class Child(Model):
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.loss = nn.CrossEntropyLoss(**options)
+
+    def forward(self, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return self.loss(self.head(x), target)
+
+
+def compute(kind: type[Model], options: dict[str, Any], fused: bool) -> Callable[..., torch.Tensor]:
+    model = kind(**options) if kind is Child else kind()
+    if fused:
+        (row,) = ro.fuse(model)
+        assert row.op == {
+            Function: "loss(F.cross_entropy)",
+            Made: "loss(CrossEntropyLoss)",
+            MadeAndCalled: "loss(nn.CrossEntropyLoss)",
+            Child: "cross_entropy",
+        }.get(kind)
+        compute.points = "loss." if kind is Child else ""
+        compute.model = model
+    return model if kind is Child else lambda x, target: model(x, target, **options)
+
+
+@pytest.fixture
+def x() -> torch.Tensor:
+    return torch.randn(N, 8, generator=torch.Generator().manual_seed(2), requires_grad=True)
+
+
+@pytest.fixture
+def target() -> torch.Tensor:
+    return torch.tensor([1, 9, -100, 0, 3, 3])
+
+
+def weights() -> torch.Tensor:
+    return torch.linspace(0.5, 2, V)
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "sum": {"reduction": "sum"},
+    "none": {"reduction": "none"},
+    "weights": {"weight": weights()},
+    "smoothed": {"label_smoothing": 0.1},
+    "another index": {"ignore_index": 3},
+    "all": {"weight": weights(), "ignore_index": 9, "reduction": "sum", "label_smoothing": 0.2},
+}
+KINDS = [Function, Made, MadeAndCalled, Child]
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_values_gradients_and_points(
+    kind: type[Model], options: dict[str, Any], x: torch.Tensor, target: torch.Tensor
+) -> None:
+    if "ignore_index" in options:
+        target = target.abs() % 10
+    theirs, ours = compute(kind, options, fused=False)(x, target), compute(kind, options, fused=True)(x, target)
+    torch.testing.assert_close(ours, theirs)
+    slope = torch.randn(theirs.shape, generator=torch.Generator().manual_seed(3))
+    (expected,) = torch.autograd.grad(theirs, x, slope)
+    (found,) = torch.autograd.grad(ours, x, slope)
+    torch.testing.assert_close(found, expected)
+
+    z = kind().head(x).detach().requires_grad_()
+    F.cross_entropy(z, target, **options).backward(slope)
+    fused = compute(kind, options, fused=True)
+    with ro.retain(compute.model) as kept:
+        fused(x, target).backward(slope)
+    assert list(kept) == [f"{compute.points}{name}" for name in ("logits", "p")]
+    torch.testing.assert_close(kept[f"{compute.points}logits"].grad, z.grad)
+    assert kept[f"{compute.points}p"].grad is not None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_on_the_kernels(kind: type[Model], x: torch.Tensor, target: torch.Tensor, kernels: Path) -> None:
+    model, (x, target) = kind().to(kernels.device), (t.to(kernels.device) for t in (x, target))
+    theirs = model(x, target)
+    ro.fuse(model)
+    with ro.retain(model, "*logits") as kept:
+        ours = model(x, target)
+        ours.backward()
+    torch.testing.assert_close(ours, theirs)
+    (slot,) = kept.values()
+    torch.testing.assert_close(slot.grad.sum(-1), torch.zeros(N, device=kernels.device), rtol=0, atol=1e-6)
+    assert (slot.grad[2] == 0).all()
+
+
+OTHERS: dict[str, Callable[[torch.Tensor], Any]] = {
+    "probabilities": lambda z: (z, torch.full((N, V), 1 / V), {}),
+    "of one sample": lambda z: (z[0], torch.tensor(3), {}),
+    "classes in dim 1": lambda z: (z.view(2, 3, V).mT, torch.ones(2, 3, dtype=torch.long), {}),
+    "a weight that learns": lambda z: (z, torch.ones(N, dtype=torch.long), {"weight": weights().requires_grad_()}),
+    "reduced as once": lambda z: (z, torch.ones(N, dtype=torch.long), {"size_average": False}),
+    "bytes": lambda z: (z, torch.ones(N, dtype=torch.uint8), {}),
+    "too few targets": lambda z: (z, torch.ones(2, dtype=torch.long), {}),
+    "a target that is no class": lambda z: (z, torch.full((N,), V), {}),
+    "a list": lambda z: (z, [1] * N, {}),
+    "too smooth": lambda z: (z, torch.ones(N, dtype=torch.long), {"label_smoothing": 2.0}),
+    "a wrong weight": lambda z: (z, torch.ones(N, dtype=torch.long), {"weight": torch.ones(3)}),
+    "an unknown option": lambda z: (z, torch.ones(N, dtype=torch.long), {"softcap": 3.0}),
+    "an unknown reduction": lambda z: (z, torch.ones(N, dtype=torch.long), {"reduction": "max"}),
+    "no rows": lambda z: (z[:0], torch.ones(0, dtype=torch.long), {}),
+    "bfloat16": lambda z: (z.bfloat16(), torch.ones(N, dtype=torch.long), {}),
+}
+ONCE = ("of one sample", "no rows", "bfloat16")
+"""Those that the op takes."""
+
+
+@pytest.mark.parametrize("case", OTHERS)
+@pytest.mark.parametrize("kind", [Function, Made])
+def test_whatever_pytorch_takes_or_refuses(kind: type[Model], case: str, x: torch.Tensor) -> None:
+    def outcome(model: Model) -> Any:
+        z, target, options = OTHERS[case](kind().head(x))
+        model.head = nn.Identity()
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of size_average
+                return model(z, target, **options)
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            return type(error)
+
+    fused = kind()
+    ro.fuse(fused)
+    theirs, ours = outcome(kind()), outcome(fused)
+    if not isinstance(theirs, torch.Tensor):
+        assert ours is theirs
+        return
+    torch.testing.assert_close(ours, theirs, equal_nan=True)
+    if ours.requires_grad:
+        mine, other = (torch.autograd.grad(loss, x, retain_graph=True)[0] for loss in (ours, theirs))
+        torch.testing.assert_close(mine, other, rtol=1e-2 if case == "bfloat16" else 1e-6, atol=1e-3)
+    with ro.retain(fused, "logits") as kept:
+        if case in ONCE:
+            outcome(fused).backward()
+            assert kept["logits"].grad is not None
+        else:
+            assert outcome(fused) is RuntimeError
+
+
+def test_what_is_said_where_the_op_does_not_do(x: torch.Tensor) -> None:
+    model = nn.Sequential(nn.CrossEntropyLoss())
+    ro.fuse(model)
+    z = torch.randn(2, V, 3, requires_grad=True)
+    expected = (
+        "CrossEntropyLoss: 'logits' is asked for, and no op stands for its call of cross_entropy: its input has 3"
+    )
+    with ro.retain(model, "0.logits"), pytest.raises(RuntimeError, match=expected):
+        model[0](z, torch.ones(2, 3, dtype=torch.long))
+    torch.testing.assert_close(
+        model[0](input=z, target=torch.ones(2, 3, dtype=torch.long)),
+        F.cross_entropy(z, torch.ones(2, 3, dtype=torch.long)),
+    )
+
+
+def test_autocast(x: torch.Tensor, target: torch.Tensor) -> None:
+    for kind in KINDS:
+        with torch.autocast("cpu", torch.bfloat16):
+            theirs, ours = compute(kind, {}, fused=False)(x, target), compute(kind, {}, fused=True)(x, target)
+        assert ours.dtype is theirs.dtype is torch.float32
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiled(kind: type[Model], x: torch.Tensor, target: torch.Tensor) -> None:
+    fused = compute(kind, {}, fused=True)
+    torch._dynamo.reset()
+    compiled = torch.compile(compute.model, fullgraph=True, backend="aot_eager")
+    with ro.retain(compute.model, "*logits") as theirs:
+        expected = fused(x, target)
+        expected.backward()
+    with ro.retain(compiled, "*logits") as kept:
+        found = compiled(x, target)
+        found.backward()
+    torch.testing.assert_close(found, expected)
+    for name, slot in kept.items():
+        torch.testing.assert_close(slot.grad, theirs[name].grad)
+
+
+def test_a_function_that_was_exchanged_is_called(monkeypatch: pytest.MonkeyPatch, x: torch.Tensor) -> None:
+    model = Function()
+    ro.fuse(model)
+    monkeypatch.setattr(F, "cross_entropy", lambda z, target: z.sum() * 0 + 7)
+    assert model(x, torch.ones(N, dtype=torch.long)).item() == 7
+    with ro.retain(model), pytest.raises(RuntimeError, match="it is another function than when the model was fused"):
+        model(x, torch.ones(N, dtype=torch.long))
+
+
+class Twice(Model):
+    def forward(self, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        logits = self.head(x)
+        loss_fct = CrossEntropyLoss()
+        return loss_fct(logits, target) + loss_fct(-logits, target)
+
+
+class InALoop(Model):
+    def forward(self, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        logits = self.head(x)
+        loss_fct = CrossEntropyLoss()
+        return sum(loss_fct(logits[i], target[i]) for i in range(N))
+
+
+class OneOfTwo(Model):
+    def forward(self, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        logits = self.head(x)
+        if logits.shape[-1] == 1:
+            loss_fct = nn.MSELoss()
+            loss = loss_fct(logits, target)
+        else:
+            loss_fct = CrossEntropyLoss()
+            if target.dim() == 2:
+                loss = loss_fct(logits.flatten(0, 1), target.flatten())
+            else:
+                loss = loss_fct(logits, target)
+        return loss
+
+
+class LaterAnother(Model):
+    def forward(self, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        logits = self.head(x)
+        if logits.shape[-1] == V:
+            loss_fct = CrossEntropyLoss()
+        else:
+            loss_fct = nn.MSELoss()
+        return loss_fct(logits, target)
+
+
+class Read(Model):
+    def forward(self, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        logits = self.head(x)
+        loss_fct = CrossEntropyLoss()
+        return loss_fct(logits, target) if loss_fct.reduction == "mean" else logits
+
+
+class Moved(Model):
+    def forward(self, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        logits = self.head(x)
+        return CrossEntropyLoss().to(logits.device)(logits, target)
+
+
+class Unpacked(Model):
+    def forward(self, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        logits = self.head(x)
+        loss_fct, more = CrossEntropyLoss(), 2
+        return loss_fct(logits, target) * more
+
+
+LEFT: dict[type[Model], str | None] = {
+    Twice: "called several times, and its points would be of several calls",
+    InALoop: "called several times",
+    OneOfTwo: None,
+    LaterAnother: "may be another one where it is called",
+    Read: "not only called",
+    Moved: "what becomes of the loss",
+    Unpacked: "what becomes of the loss",
+}
+
+
+@pytest.mark.parametrize("kind", LEFT)
+def test_left_where_points_would_be_of_several_calls(kind: type[Model], x: torch.Tensor) -> None:
+    model, target, why = kind(), torch.ones(N, dtype=torch.long), LEFT[kind]
+    theirs = model(x, target)
+    (row,) = ro.fuse(model)
+    torch.testing.assert_close(model(x, target), theirs)
+    if why is None:
+        with ro.retain(model, "logits") as kept:
+            model(x, target).backward()
+        assert kept["logits"].grad is not None
+    else:
+        assert row.op is None
+        assert why in row.why
+
+
+class InInit(Model):
+    """What `__init__` makes has been made, and is another module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.criterion = CrossEntropyLoss()
+
+    def forward(self, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return self.criterion(self.head(x), target)
+
+
+def test_nothing_is_put_into_init() -> None:
+    model = InInit()
+    assert [(row.name, row.op) for row in ro.fuse(model)] == [("criterion", "cross_entropy")]
+    assert type(model) is InInit
+
+
+def test_an_overridden_one_is_left(x: torch.Tensor) -> None:
+    class Own(nn.CrossEntropyLoss):
+        def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+            return super().forward(-input, target)
+
+    assert [row.why for row in ro.fuse(nn.Sequential(Own()))] == [
+        "it overrides the forward of torch.nn.CrossEntropyLoss"
+    ]
+
+
+SIZES = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 32}
+
+
+@pytest.mark.parametrize("kind", [BertForSequenceClassification, BertForQuestionAnswering, BertForPreTraining])
+def test_heads_of_transformers(kind: Any) -> None:
+    torch.manual_seed(0)
+    model = kind(BertConfig(**SIZES, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
+    tokens, two = torch.randint(50, (2, 8)), torch.tensor([0, 1])
+    inputs = {
+        BertForSequenceClassification: {"labels": two},
+        BertForQuestionAnswering: {"start_positions": two, "end_positions": two},
+        BertForPreTraining: {"labels": tokens, "next_sentence_label": two},
+    }[kind]
+    theirs = model(tokens, **inputs).loss
+    table = ro.fuse(model)
+    torch.testing.assert_close(model(tokens, **inputs).loss, theirs)
+    if kind is BertForSequenceClassification:
+        with ro.retain(model, "logits") as kept:
+            model(tokens, **inputs).loss.backward()
+        assert kept["logits"].grad.shape == (2, 2)
+    else:
+        (why,) = [row.why for row in table.left if row.why.startswith("loss")]
+        assert why == f"loss(CrossEntropyLoss): the loss that it makes is {LEFT[Twice]}"
