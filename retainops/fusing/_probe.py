@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import _disable_current_modes
 
 from retainops.ops.pointwise import UNARY
 
@@ -32,8 +33,12 @@ LIBRARIES = ("torch", "torchvision", "transformers", "timm", "diffusers")
 
 @contextlib.contextmanager
 def alone() -> Iterator[torch.Generator]:
-    """Whatever is in force around: gradients, no autocast, CPU tensors, and random numbers that nobody misses."""
+    """Whatever is in force around: gradients, no autocast, CPU tensors, and random numbers that nobody misses.
+
+    Tensors are real ones in a FakeTensorMode, too: what is found out is remembered.
+    """
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_disable_current_modes())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.autocast("cpu", enabled=False))

@@ -8,6 +8,7 @@ import torch
 from torch._prims_common import suggest_memory_format
 from torch.nn import functional as F
 
+from retainops.fusing.op_calls import op_or_own
 from retainops.nn.point import HoldsPoints
 from retainops.ops.group_norm import GROUP_NORM
 from retainops.ops.norm import ADD_LAYER_NORM, ADD_RMS_NORM, LAYER_NORM, RMS_NORM, eps_of
@@ -293,12 +294,16 @@ class Softmax(HoldsPoints):
     """torch.nn.Softmax."""
 
     op = SOFTMAX
+    function = staticmethod(F.softmax)
     dim: int
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         x = as_autocast_has_it(x)
         if self.dim in (-1, x.dim() - 1):
             return self.call(x, 1.0, None, False)
+        if x.is_nested:
+            why = f"its input is nested, and dim {self.dim} is not the last one"
+            return op_or_own(self, tuple(info.name for info in self.op.points), why, self.function, (x, self.dim), {})
         return self.call(x.movedim(self.dim, -1), 1.0, None, False).movedim(-1, self.dim).contiguous().view(x.shape)
 
 
@@ -306,3 +311,4 @@ class LogSoftmax(Softmax):
     """torch.nn.LogSoftmax."""
 
     op = LOG_SOFTMAX
+    function = staticmethod(F.log_softmax)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import retainops as ro
 from tests.fusing.blocks import TinyRMSNorm, assert_same, run
@@ -260,6 +261,45 @@ def test_nested_tensors(layout: torch.layout) -> None:
     ro.fuse(model)
     for ours, part in zip(model(nested).unbind(), parts, strict=True):
         torch.testing.assert_close(ours, nn.LayerNorm(8)(part))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("dim", [1, -1])
+def test_softmax_of_nested_tensors(dim: int) -> None:
+    """Along the dim in which its parts differ it goes to PyTorch's."""
+    nested = torch.nested.nested_tensor([torch.randn(n, 8) for n in (2, 3)], layout=torch.jagged, requires_grad=True)
+    model = nn.Sequential(nn.Softmax(dim))
+    expected = model(nested).values()
+    ro.fuse(model)
+    torch.testing.assert_close(model(nested).values(), expected)
+    why = "no op stands for its call of softmax: its input is nested" if dim == 1 else "is a nested tensor"
+    with ro.retain(model, "0.p"), pytest.raises(RuntimeError, match=why):
+        model(nested)
+
+
+def test_what_a_norm_computes_is_found_out_under_fake_tensors_too() -> None:
+    """And what is found out is remembered, so it must be right."""
+
+    class RMSNorm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.eps = nn.Parameter(torch.ones(8)), 1e-6
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.weight * (x.float() * torch.rsqrt(x.float().pow(2).mean(-1, True) + self.eps)).to(x.dtype)
+
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.gate, self.up, self.act = RMSNorm(), nn.Linear(8, 8), nn.Linear(8, 8), nn.SiLU()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.norm(self.act(self.gate(x)) * self.up(x))
+
+    with FakeTensorMode():
+        model = Gated()
+        assert [row.op for row in ro.fuse(model)] == ["gated(act)", "rms_norm"]
+        assert model(torch.randn(2, 8)).shape == (2, 8)
 
 
 def test_a_function_of_rope_that_is_exchanged_later(monkeypatch: pytest.MonkeyPatch) -> None:
