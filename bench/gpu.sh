@@ -2,15 +2,26 @@
 # What is worth knowing from a machine with a GPU, in one command that ends within 9 minutes whatever happens:
 # the tests, the check of every op, the benchmarks, their report. Nothing to install and no network:
 #
-#     bash bench/gpu.sh
+#     bash bench/gpu.sh                        # gpu_tests tests check bench attention
+#     bash bench/gpu.sh tests sanitize         # these steps alone; there are also: host model memory
 #
 # PYTHON names the interpreter (default python3); it needs torch, triton, pytest, pytest-xdist, hypothesis,
 # pytest-benchmark, matplotlib and rich. Ten files go to ${OUT:-out}/gpu-<name>-<date>/. A step that fails does not stop the
 # next one. SUITE=900 gives the whole test suite 15 minutes, in place of one, which is what it gets after the tests that are
-# about a GPU alone.
+# about a GPU alone. SANITIZE="--tool racecheck --ops glu_packed" are options of bench.sanitize.
 # Status: 0, 1 where a step failed, 2 where there is no GPU.
 set -u
 here=$PWD
+usual="gpu_tests tests check bench attention"
+all="$usual host model memory sanitize"
+steps=" ${*:-$usual} "
+for name in $steps; do
+    case " $all " in *" $name "*) ;; *)
+        echo "gpu.sh: there is no step '$name'; there are: $all" >&2
+        exit 2
+        ;;
+    esac
+done
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 python=${PYTHON:-python3}
 export PYTHONPATH=.${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
@@ -33,6 +44,7 @@ failed=()
 step() {
     local step=$1 seconds=$2 status
     shift 2
+    case $steps in *" $step "*) ;; *) return ;; esac
     echo "== $step (at most $seconds s)"
     timeout --signal=INT --kill-after=10 "$seconds" "$@" >"$folder/$step.log" 2>&1
     status=$?
@@ -70,10 +82,18 @@ sys.exit(f"check: {bad} FAILED" if bad else 0)'
 export TORCHINDUCTOR_COMPILE_THREADS=1 # a compiler for each of the processes that warm up
 step bench 260 "$python" -m bench.run --results "$folder" --warm "$workers" --seconds 140 --note "by bench/gpu.sh"
 step attention 45 "$python" -m bench.attention_time --results "$folder"
+step host 60 "$python" -m bench.host_time
+step model 90 "$python" -m bench.model_step --no-compile --results "$folder"
+step memory 120 "$python" -m bench.linear_cross_entropy_memory --results "$folder"
+# shellcheck disable=SC2086
+step sanitize 420 "$python" -m bench.sanitize --jobs "$workers" ${SANITIZE:-}
 state >>"$folder/summary.txt"
 
-echo "== report"
-timeout --kill-after=5 20 "$python" -m bench.report "$folder" || failed+=("report")
+case $steps in *" bench "*)
+    echo "== report"
+    timeout --kill-after=5 20 "$python" -m bench.report "$folder" || failed+=("report")
+    ;;
+esac
 if [ ${#failed[@]} -gt 0 ]; then
     echo "== failed: ${failed[*]}" | tee -a "$folder/summary.txt"
     grep -hE '^(FAILED|ERROR)|FAILED$' "$folder/gpu_tests.log" "$folder/tests.log" "$folder/check.log" "$folder/bench.log" | head -n 40

@@ -16,6 +16,7 @@ import multiprocessing
 import resource
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -101,7 +102,9 @@ def main() -> None:
     parser.add_argument(
         "--dtype", default="bfloat16" if on_gpu else "float32", help="default: bfloat16, on a CPU float32"
     )
+    parser.add_argument("--results", type=Path, metavar="DIR", help="default: bench/results/<device>")
     sizes = {**vars(parser.parse_args()), "device": "cuda" if on_gpu else "cpu"}
+    folder = sizes.pop("results") or record.ROOT / "bench" / "results" / record.slug()
     context, found = multiprocessing.get_context("spawn"), {}
     for way in ways():
         results = context.SimpleQueue()
@@ -112,7 +115,6 @@ def main() -> None:
             raise SystemExit(f"{way}: the process ended with {process.exitcode}; is there memory enough?")
         found[way] = results.get()
     Console().print(table(found, sizes))
-    folder = record.ROOT / "bench" / "results" / record.slug()
     folder.mkdir(parents=True, exist_ok=True)
     kept = {"metadata": {**record.metadata(""), "statistic": "peak"}, "sizes": sizes, "ways": found}
     (folder / "linear_cross_entropy_memory.json").write_text(json.dumps(kept, indent=1) + "\n")
