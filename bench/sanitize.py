@@ -99,8 +99,9 @@ def verdicts(said: str, names: Sequence[str]) -> dict[str, str]:
         error = re.search(
             r"^=+ *((?:Invalid|Error|Warning|Program hit|Race|Uninit|Target|Internal).*)$", body, re.MULTILINE
         )
-        ended = f"{DONE} {name}," in body
-        found[name] = error[1] if error else "clean" if ended else f"stopped: {body.strip()[-200:]}"
+        calls = re.search(rf"^{DONE} {name}, (\d+) calls", body, re.MULTILINE)
+        ran = f"stopped: {body.strip()[-200:]}" if calls is None else "clean" if int(calls[1]) else "no kernel ran"
+        found[name] = error[1] if error else ran
     if summary := re.search(r"(?:ERROR|RACECHECK) SUMMARY: ([1-9]\d*) (?:error|hazard)", said):
         unsaid = [name for name, verdict in found.items() if verdict == "clean"]
         if len(unsaid) == len(names):  # reported at the end, and not where it happened

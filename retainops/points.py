@@ -22,25 +22,26 @@ class Tap(torch.autograd.Function):
     """The identity; its backward also hands the gradient to a slot, by its leaf or a view of that."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, view: torch.Tensor, to: tuple[Slot, torch.Tensor], op: str) -> torch.Tensor:
+    def forward(
+        ctx: Any, x: torch.Tensor, view: torch.Tensor, to: tuple[Slot, torch.Tensor], op: str, as_view: bool
+    ) -> torch.Tensor:
         # The leaf is in a tuple, so that autograd sees it once: a gradient of None at a second place compiled autograd
         # would add to the one at the first.
         (ctx.slot, ctx.leaf), ctx.op = to, op
         ctx.set_materialize_grads(False)
         if ctx.slot.takes_value:
             ctx.save_for_backward(x)
-        # PyTorch refuses to change a view in place, and a point of an op may be its output. (Not view_as, which gives
-        # dims of size 1 other strides.)
-        return torch.ops.aten.alias(x) if op == "point" else x.detach()
+        # Not view_as, which gives dims of size 1 other strides.
+        return torch.ops.aten.alias(x) if as_view else x.detach()
 
     @staticmethod
     @untraced
     def backward(ctx: Any, grad: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         if grad is None:  # no gradient arrives: none leaves, as without the tap
-            return None, None, None, None
+            return None, None, None, None, None
         saved = ctx.saved_tensors  # once: a checkpoint refuses to unpack a second time
         value = saved[0] if saved else None
-        return grad, ctx.slot.deposit(ctx.op, grad, value, ctx.leaf), None, None
+        return grad, ctx.slot.deposit(ctx.op, grad, value, ctx.leaf), None, None, None
 
     @staticmethod
     def jvp(ctx: Any, x_t: torch.Tensor, *_: Any) -> torch.Tensor:
@@ -52,7 +53,14 @@ class CompiledTap(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, carrier: torch.Tensor, op: str, names: tuple[str, ...], over: str, part: Places
+        ctx: Any,
+        x: torch.Tensor,
+        carrier: torch.Tensor,
+        op: str,
+        names: tuple[str, ...],
+        over: str,
+        part: Places,
+        as_view: bool,
     ) -> torch.Tensor:
         ctx.op, ctx.names, ctx.over, ctx.part = op, names, over, part
         ctx.takes_value = not TAKE_VALUE.isdisjoint(names)
@@ -61,11 +69,11 @@ class CompiledTap(torch.autograd.Function):
         # No view: where x leaves the graph as well, AOTAutograd makes the view anew from it, outside, without the tap.
         # Inductor does not store the copy. It has x's strides: bits of what is computed from it may depend on them.
         copy = x.clone()
-        if copy.stride() == x.stride() or overlaps_itself(x):
-            return copy
-        empty = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
-        # Not copy_: the Dynamo of torch 2.11 returns what it changes beside the output, and the gradient goes there.
-        return torch.ops.aten.copy(empty, x)
+        if copy.stride() != x.stride() and not overlaps_itself(x):
+            empty = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+            # Not copy_: the Dynamo of torch 2.11 returns what it changes beside the output: the gradient goes there.
+            copy = torch.ops.aten.copy(empty, x)
+        return torch.ops.aten.alias(copy) if as_view else copy
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -75,7 +83,7 @@ class CompiledTap(torch.autograd.Function):
         if "dense" in ctx.names:
             # What a slot holds is its own; Inductor stores it from the same loop.
             parts.insert(0, picked(grad, ctx.part) if ctx.part else grad.clone())
-        return grad, parcel.pack(ctx.op, ctx.names, *parts), None, None, None, None
+        return grad, parcel.pack(ctx.op, ctx.names, *parts), None, None, None, None, None
 
 
 def tap(
@@ -84,8 +92,13 @@ def tap(
     value: torch.Tensor,
     leaf: torch.Tensor | None = None,
     view: torch.Tensor | None = None,
+    as_view: bool = False,
 ) -> torch.Tensor:
-    """`value`, with its gradient going to a slot too: by its present leaf, one that it had before, or a view of it."""
+    """`value`, with its gradient going to a slot too: by its present leaf, one that it had before, or a view of it.
+
+    `as_view`: what comes back is a view, which PyTorch refuses to change in place. So it must be where others may have
+    the value too: the change would reach theirs, and their gradients would not know.
+    """
     if not value.requires_grad:
         raise no_grad(op, slot.name)
     if value.is_nested:
@@ -105,10 +118,10 @@ def tap(
         if isinstance(slot.want, Part):
             part = slot.want.resolve(op, slot.name, value.shape)
         # No name of the point: a graph with one is for one layer of a model alone.
-        return CompiledTap.apply(value, slot.carrier, op, slot.parts, over, part)
+        return CompiledTap.apply(value, slot.carrier, op, slot.parts, over, part, as_view)
     if leaf is None:
         leaf = slot.bind(op, value.shape, value.dtype, value.device)
-    return Tap.apply(value, leaf if view is None else view, (slot, leaf), op)
+    return Tap.apply(value, leaf if view is None else view, (slot, leaf), op, as_view)
 
 
 def unretained(name: str, value: torch.Tensor) -> torch.Tensor:
@@ -146,7 +159,7 @@ def point(x: torch.Tensor, name: str, *, retain: Retained | None = None) -> torc
         retain: the request. A name that it does not ask for, or None, makes this the identity.
 
     Returns:
-        x, in eager as a view. (PyTorch refuses in-place operations on that; use out-of-place ones.)
+        x, as a view. (PyTorch refuses in-place operations on that, which would reach x too; use out-of-place ones.)
 
     Raises:
         TypeError: `retain` is not a `Retained`.
@@ -164,7 +177,7 @@ def point(x: torch.Tensor, name: str, *, retain: Retained | None = None) -> torc
     if not isinstance(retain, Retained):
         raise TypeError(f'point: retain is {type(retain).__name__}; expected retainops.Retained, as Retained("{name}")')
     slot = retain.get(name)
-    return x if slot is None else tap("point", slot, x)
+    return x if slot is None else tap("point", slot, x, as_view=True)
 
 
 def no_grad(op: str, name: str, of: str = "") -> RuntimeError:

@@ -126,6 +126,7 @@ def test_what_the_sanitizer_said_is_put_down_to_ops() -> None:
     assert sanitize.verdicts(late, ["glu"]) == {"glu": "RACECHECK SUMMARY: 3 hazard among these"}
     fine = late.replace("3 hazards", "0 hazards").replace("3 errors", "0 errors")
     assert sanitize.verdicts(fine, ["glu"]) == {"glu": "clean"}
+    assert sanitize.verdicts(fine.replace("30 calls", "0 calls"), ["glu"]) == {"glu": "no kernel ran"}
 
 
 def test_the_sanitizers_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

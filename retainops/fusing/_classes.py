@@ -16,7 +16,7 @@ from torch import nn
 
 from retainops.fusing._code import Methods, methods, rewritten, wrappers
 from retainops.fusing._patterns import Site
-from retainops.fusing.outputs import Output, with_point
+from retainops.fusing.outputs import Output, with_point, wrapping
 from retainops.nn.point import HoldsPoints
 from retainops.registry import Op, PointInfo
 
@@ -121,7 +121,6 @@ def _called_as(original: Callable[..., Any], new: Callable[..., Any]) -> Callabl
     """`new`, whose arguments may be given by the names that they have in `original`."""
     names = list(inspect.signature(original).parameters)[1:]
 
-    @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if kwargs:
             for name in names[len(args) :]:
@@ -130,7 +129,7 @@ def _called_as(original: Callable[..., Any], new: Callable[..., Any]) -> Callabl
                 args += (kwargs.pop(name),)
         return new(self, *args, **kwargs)
 
-    return forward
+    return wrapping(original, forward)
 
 
 def is_fused(module: nn.Module) -> bool:
@@ -143,9 +142,10 @@ def why_not(module: nn.Module) -> str | None:
     cls = type(module)
     if "forward" in vars(module):
         return "its forward is set on the module itself"
-    custom = ("__getstate__", "__reduce__", "__reduce_ex__")
     bases = [c for c in cls.__mro__ if not issubclass(nn.Module, c) and not issubclass(c, HoldsPoints)]
-    if any(name in vars(c) for c in bases for name in custom):
+    own = {name for c in bases for name in vars(c)}
+    # A `__getstate__` alone, as torch.nn.LSTM's, goes on to be called; the class of a parametrized module has both.
+    if own & {"__reduce__", "__reduce_ex__"} or {"__getstate__", "__deepcopy__"} <= own:
         return f"{cls.__name__} copies itself in a way of its own"
     if type(cls) is not type:
         return f"{cls.__name__} has a metaclass"

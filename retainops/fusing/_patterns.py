@@ -18,8 +18,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-LOOPS = (ast.For, ast.While, ast.ListComp, ast.GeneratorExp, ast.DictComp, ast.SetComp, ast.Lambda)
-"""What may run several times: a lambda, too, given to map or sorted."""
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
+LOOPS = (ast.For, ast.AsyncFor, ast.While, ast.ListComp, ast.GeneratorExp, ast.DictComp, ast.SetComp, *FUNCTIONS)
+"""What may run several times: a function in a method, too, given to map or called twice."""
 Found = dict[str, Any]
 """From each name of a pattern to what it stands for: an expression, arguments, or the name of a variable or an
 attribute."""
@@ -213,7 +214,7 @@ class Rewriter(ast.NodeTransformer):
     def generic_visit(self, node: ast.AST) -> ast.AST:
         if node is not self.method and self.owner in _parameters(node):
             return node  # another self
-        loops = isinstance(node, LOOPS)
+        loops = isinstance(node, LOOPS) and node is not self.method
         self.loops += loops
         try:
             return self.replaced(node)
@@ -252,7 +253,7 @@ class Rewriter(ast.NodeTransformer):
 
 
 def _parameters(node: ast.AST) -> list[str]:
-    if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+    if not isinstance(node, FUNCTIONS):
         return []
     return [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from retainops.fusing._code import called, methods, parsed
-from retainops.fusing._patterns import LOOPS
+from retainops.fusing._patterns import FUNCTIONS, LOOPS
 from retainops.fusing.op_calls import EXCHANGED, Call, op_or_own
 from retainops.nn.point import HoldsPoints
 from retainops.ops.cross_entropy import CROSS_ENTROPY
@@ -79,21 +79,27 @@ def _as_op(
         return "it is not of a tensor of floating-point numbers and one of classes"
     if target.dtype is not torch.int64:
         return f"its target is {target.dtype}, and the op takes class indices"
-    if input.dim() > 2:
-        return f"its input has {input.dim()} dims, and the op takes classes in the last one"
-    if input.shape[:-1] != target.shape or not input.dim() or not input.shape[-1] or input.device != target.device:
+    logits = input.movedim(1, -1) if input.dim() > 2 else input  # its classes are dim 1
+    if not logits.dim() or not logits.shape[-1] or logits.shape[:-1] != target.shape or input.device != target.device:
         return "its target does not fit its input"
     if weight is not None and (
         not isinstance(weight, Tensor)
         or weight.requires_grad
-        or (weight.shape, weight.dtype, weight.device) != (input.shape[-1:], input.dtype, input.device)
+        or not weight.is_floating_point()
+        or (weight.shape, weight.device) != (logits.shape[-1:], input.device)
+        or (weight.dtype != input.dtype and not _is_autocast(input))  # which computes in float32
     ):
         return "its weight is not a constant number for each class"
     if size_average is not None or reduce is not None or reduction not in ("none", "mean", "sum"):
         return "it says by size_average or reduce how it is reduced"
-    if not isinstance(ignore_index, int) or not 0 <= label_smoothing <= 1:
+    numbers = isinstance(ignore_index, int) and isinstance(label_smoothing, (int, float))
+    if not numbers or not 0 <= label_smoothing <= 1:
         return f"its ignore_index is {ignore_index}, its label_smoothing {label_smoothing}"
-    return CROSS_ENTROPY, (input, target, weight, ignore_index, reduction, label_smoothing, 0.0, None)
+    return CROSS_ENTROPY, (logits, target, weight, ignore_index, reduction, label_smoothing, 0.0, None)
+
+
+def _is_autocast(x: Tensor) -> bool:
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
 def why_not_once(module: nn.Module) -> str | None:
@@ -124,25 +130,63 @@ def _makes(tree: ast.FunctionDef, is_loss: Callable[[str], bool]) -> Iterator[as
 def _why_not_once(tree: ast.FunctionDef, made: ast.Call) -> str | None:
     if any(isinstance(node, ast.Call) and node.func is made for node in ast.walk(tree)):
         return None
-    assigned = [n for n in ast.walk(tree) if isinstance(n, ast.Assign) and n.value is made]
-    if len(assigned) != 1 or len(assigned[0].targets) != 1 or not isinstance(assigned[0].targets[0], ast.Name):
-        return "what becomes of the loss that it makes is not known"
-    name = assigned[0].targets[0].id
-    named = [n for n in ast.walk(tree) if isinstance(n, ast.Name) and n.id == name]
-    place = _place(made)
-    until = min((_place(n) for n in named if isinstance(n.ctx, ast.Store) and _place(n) > place), default=(1 << 62, 0))
-    loads = {id(n) for n in named if isinstance(n.ctx, ast.Load) and place < _place(n) < until}
-    callees = {id(n.func) for n in ast.walk(tree) if isinstance(n, ast.Call)}
-    if not loads <= callees:
-        return "the loss that it makes is not only called"
-    often = _most(tree, loads)
+    block, i = next(
+        ((b, i) for b in _blocks(tree) for i, s in enumerate(b) if getattr(s, "value", None) is made), ([], 0)
+    )
+    match block[i : i + 1]:
+        case [ast.Assign(targets=[ast.Name(id=name)])]:
+            pass
+        case _:
+            return "what becomes of the loss that it makes is not known"
+    if any(name in _names_in(node) for node in ast.walk(tree) if isinstance(node, FUNCTIONS) and node is not tree):
+        return f"its {name} is used in a function inside"
+    if any(name in getattr(node, "names", ()) for node in ast.walk(tree)):  # global, nonlocal
+        return f"its {name} is no variable of its own"
+    uses = [node for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id == name]
+    callees = {id(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    mine = {id(node) for statement in block[i + 1 :] for node in ast.walk(statement)}
+    wanted = set()
+    for node in uses:
+        if id(node) in mine and not isinstance(node.ctx, ast.Load):
+            return f"its {name} may be another one later"
+        if id(node) in mine and id(node) not in callees:
+            return f"its {name} is not only called"
+        if id(node) in mine:
+            wanted.add(id(node))
+        elif isinstance(node.ctx, ast.Load) and not _is_set_before(tree, name, node, made):
+            return f"its {name} may be another one where it is called"
+    often = sum(_most(statement, wanted) for statement in block[i + 1 :])
     if often > 1:
-        return "the loss that it makes is called several times, and its points would be of several calls"
-    return None if often else "the loss that it makes may be another one where it is called"
+        return "the loss that it makes may be called several times, and its points would be of several calls"
+    return None if often else "the loss that it makes is not called"
 
 
-def _place(node: Any) -> tuple[int, int]:
-    return node.lineno, node.col_offset
+def _blocks(tree: ast.AST) -> Iterator[list[ast.stmt]]:
+    """The lists of statements in code, outer ones first."""
+    for node in ast.walk(tree):
+        for field in ("body", "orelse", "finalbody"):
+            if isinstance(statements := getattr(node, field, None), list):
+                yield statements
+
+
+def _names_in(function: ast.AST) -> set[str]:
+    return {node.id for node in ast.walk(function) if isinstance(node, ast.Name)}
+
+
+def _is_set_before(tree: ast.AST, name: str, use: ast.AST, made: ast.AST) -> bool:
+    """Whether a name that is used was set before, in a block around the use, and since then not to what was made."""
+    for block in _blocks(tree):
+        at = next((i for i, statement in enumerate(block) if _holds(statement, use)), 0)
+        for k, statement in enumerate(block[:at]):
+            targets = statement.targets if isinstance(statement, ast.Assign) else []
+            sets = any(isinstance(target, ast.Name) and target.id == name for target in targets)
+            if sets and not any(_holds(between, made) for between in block[k : at + 1]):
+                return True
+    return False
+
+
+def _holds(statement: ast.AST, wanted: ast.AST) -> bool:
+    return any(node is wanted for node in ast.walk(statement))
 
 
 def _most(node: ast.AST, wanted: set[int]) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -134,6 +134,11 @@ def _chosen(rules: Sequence[Rule | str] | None) -> list[Rule]:
 
 def _matching(model: nn.Module, outputs: Names) -> list[nn.Module]:
     """The modules in a model whose paths match."""
+    if not callable(outputs) and (isinstance(outputs, Mapping) or not isinstance(outputs, Iterable)):
+        raise TypeError(
+            f"fuse: outputs is {type(outputs).__name__}; expected a pattern of modules' paths, such as 'layers.*', "
+            "several, or a function of a path"
+        )
     if not callable(outputs) and not outputs:
         return []
     there = {path: module for path, module in modules_of(model) if path}

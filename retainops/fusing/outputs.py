@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from retainops.nn.point import HoldsPoints, Point
 from retainops.registry import PointInfo
@@ -26,12 +28,23 @@ class Output(HoldsPoints):
 def with_point(forward: Callable[..., Any]) -> Callable[..., Any]:
     """A module's forward, with what it returns as the point."""
 
-    @functools.wraps(forward)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         output = forward(self, *args, **kwargs)
-        return _as_point(self, output) if is_asked(self) else output
+        return _as_point(self, output, (*args, *kwargs.values())) if is_asked(self) else output
 
-    return call
+    return wrapping(forward, call)
+
+
+def wrapping(original: Callable[..., Any], function: Any) -> Callable[..., Any]:
+    """A function under another one's name.
+
+    It has code of its own, which torch.compile counts recompilations by, and none of the other's attributes: by some of
+    them Dynamo knows a function that it is to skip.
+    """
+    own = FunctionType(
+        function.__code__.replace(), function.__globals__, closure=function.__closure__, argdefs=function.__defaults__
+    )
+    return functools.wraps(original, updated=())(own)
 
 
 def is_asked(module: Any) -> bool:
@@ -39,18 +52,41 @@ def is_asked(module: Any) -> bool:
     return isinstance(module, Output) and any(OUT in request for request in module._requests)
 
 
-def _as_point(module: Output, output: Any) -> Any:
+def _as_point(module: Output, output: Any, inputs: tuple[Any, ...]) -> Any:
     """The output, or where it is several values the first of them, as the point."""
+    kind = type(output)
     if isinstance(output, torch.Tensor):
-        return module.point(OUT, output)
-    if isinstance(output, (tuple, list)) and output and isinstance(output[0], torch.Tensor):
-        values = [module.point(OUT, output[0]), *output[1:]]
-        return output._make(values) if hasattr(output, "_make") else type(output)(values)
+        return module.point(OUT, output, _may_be_held(output, inputs))
+    if isinstance(output, dict):  # a ModelOutput of transformers is one
+        first, value = next(iter(output.items()), (None, None))
+        if isinstance(value, torch.Tensor):
+            new = {**output} if kind is dict else output
+            new[first] = module.point(OUT, value, _may_be_held(value, inputs))
+            return new
+    elif _is_built_of_its_items(kind) and output and isinstance(output[0], torch.Tensor):
+        values = [module.point(OUT, output[0], _may_be_held(output[0], inputs)), *output[1:]]
+        return output._make(values) if hasattr(output, "_make") else kind(values)
     name = next(request[OUT].name for request in module._requests if OUT in request)
     raise TypeError(
-        f"point '{name}': {type(module).__name__} returned a {type(output).__name__}; expected a torch.Tensor, or a "
-        "tuple or list that starts with one; leave this point out of the pattern"
+        f"point '{name}': {type(module).__name__} returned a {kind.__name__}; expected a torch.Tensor, or a tuple, "
+        "list or dict that starts with one; leave this point out of the pattern"
     )
+
+
+def _is_built_of_its_items(kind: Any) -> bool:
+    """A list, a tuple, a named tuple, or one of `torch.return_types`."""
+    return kind in (tuple, list) or (issubclass(kind, tuple) and (hasattr(kind, "_make") or hasattr(kind, "n_fields")))
+
+
+def _may_be_held(output: torch.Tensor, inputs: tuple[Any, ...]) -> bool:
+    """Whether others may have this memory too, as of a module that returns its input, or a view of it.
+
+    In compiled code that is not known.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    storage = output.untyped_storage()._cdata
+    return any(isinstance(x, torch.Tensor) and x.untyped_storage()._cdata == storage for x in inputs)
 
 
 def without(module: nn.Module) -> str | None:
@@ -59,7 +95,10 @@ def without(module: nn.Module) -> str | None:
         return "it is a point itself"
     if type(module).forward is nn.Module.forward:
         return "it has no forward"
+    if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
+        return "its parameters are made in its first call; call it once before"
     own = module.point_infos() if isinstance(module, HoldsPoints) else ()
-    if isinstance(module._modules.get(OUT), Point) or any(info.name == OUT for info in own):
+    child = module._modules.get(OUT)
+    if isinstance(getattr(child, "_orig_mod", child), Point) or any(info.name == OUT for info in own):
         return f"it has a point called {OUT}"
     return None

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from retainops.nn.point import HoldsPoints, gradients_reach, note_grad_mode
+from retainops.nn.point import HoldsPoints, gradients_reach, note_grad_mode, parts_for
 from retainops.ops.attention import ATTENTION, attention, attention_of
 from retainops.retained import Retained
 
@@ -67,9 +67,10 @@ class MultiheadAttention(nn.MultiheadAttention, HoldsPoints):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        note_grad_mode(self._requests)
+        requests = parts_for(self._requests, ATTENTION.points)
+        note_grad_mode(requests)
         masks = [t for t in (key_padding_mask, attn_mask) if t is not None]
-        if not self._requests or not gradients_reach(query, key, value, *masks, *self.parameters()):
+        if not requests or not gradients_reach(query, key, value, *masks, *self.parameters()):
             return super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
@@ -97,7 +98,7 @@ class MultiheadAttention(nn.MultiheadAttention, HoldsPoints):
         if need_weights:
             o, weights = self._with_weights(q, k, v, mask, dropout)
         else:
-            o = attend((q, k, v, mask, dropout, is_causal, None, False, None, None), self._requests)
+            o = attend((q, k, v, mask, dropout, is_causal, None, False, None, None), requests)
         n, _, length, _ = o.shape
         rows = o.permute(2, 0, 1, 3).reshape(length * n, self.embed_dim)
         out = F.linear(rows, self.out_proj.weight, self.out_proj.bias)  # PyTorch's module does not call it either

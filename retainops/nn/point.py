@@ -68,9 +68,12 @@ class HoldsPoints(nn.Module):
         """
         return call(self.op if op is None else op, inputs, self._requests)
 
-    def point(self, name: str, value: torch.Tensor) -> torch.Tensor:
-        """A value that is in memory anyway, as a point: its gradient goes to whoever asks for it."""
-        return tapped(type(self).__name__, name, value, self._requests)
+    def point(self, name: str, value: torch.Tensor, as_view: bool = False) -> torch.Tensor:
+        """A value that is in memory anyway, as a point: its gradient goes to whoever asks for it.
+
+        `as_view`: others may have the value too, so PyTorch is to refuse in-place operations on what comes back.
+        """
+        return tapped(type(self).__name__, name, value, self._requests, as_view)
 
     def __getstate__(self) -> dict[str, Any]:
         # A request belongs to the `with` that made it, which knows nothing of copies. PyTorch leaves out what calls a
@@ -119,7 +122,7 @@ class Point(HoldsPoints):
         if self._requests and not isinstance(x, torch.Tensor):
             name = self._requests[0][self.POINT].name
             raise TypeError(f"Point '{name}': the input is {type(x).__name__}; expected a torch.Tensor")
-        return self.point(self.POINT, x)
+        return self.point(self.POINT, x, as_view=True)
 
 
 def call(op: Op, inputs: tuple[Any, ...], requests: tuple[Retained, ...]) -> torch.Tensor:
@@ -128,8 +131,7 @@ def call(op: Op, inputs: tuple[Any, ...], requests: tuple[Retained, ...]) -> tor
     if not requests or not gradients_reach(*inputs):
         return op.call(*inputs)
     # A weight may require grad where the data does not, as in a first layer: then points made of the data have none.
-    names = [p.name for p in op.points if p.requires_grad(inputs)]
-    mine = [r for r in [_part_of(request, names) for request in requests] if r is not None]
+    mine = parts_for(requests, [p for p in op.points if p.requires_grad(inputs)])
     if not mine:
         return op.call(*inputs)
     if len(mine) == 1:
@@ -137,14 +139,22 @@ def call(op: Op, inputs: tuple[Any, ...], requests: tuple[Retained, ...]) -> tor
     return call_with_several(op, inputs, mine)
 
 
-def tapped(op: str, name: str, value: torch.Tensor, requests: tuple[Retained, ...]) -> torch.Tensor:
-    """A value in memory as the point of this name, for each of these requests."""
+def tapped(
+    op: str, name: str, value: torch.Tensor, requests: tuple[Retained, ...], as_view: bool = False
+) -> torch.Tensor:
+    """A value in memory as the point of this name, for each of these requests; `as_view` as of `tap`."""
     note_grad_mode(requests)
     for request in requests:
         slot = request.get(name)
         if slot is not None and gradients_reach(value):
-            value = tap(op, slot, value)
+            value = tap(op, slot, value, as_view=as_view)
     return value
+
+
+def parts_for(requests: tuple[Retained, ...], points: Sequence[PointInfo]) -> tuple[Retained, ...]:
+    """Of requests that are for several parts of a module, what they ask of these points."""
+    parts = (_part_of(request, [p.name for p in points]) for request in requests)
+    return tuple(part for part in parts if part is not None)
 
 
 def _part_of(request: Retained, names: Sequence[str]) -> Retained | None:

@@ -61,19 +61,27 @@ class Child(Model):
         return self.loss(self.head(x), target)
 
 
-def compute(kind: type[Model], options: dict[str, Any], fused: bool) -> Callable[..., torch.Tensor]:
-    model = kind(**options) if kind is Child else kind()
-    if fused:
-        (row,) = ro.fuse(model)
-        assert row.op == {
-            Function: "loss(F.cross_entropy)",
-            Made: "loss(CrossEntropyLoss)",
-            MadeAndCalled: "loss(nn.CrossEntropyLoss)",
-            Child: "cross_entropy",
-        }.get(kind)
-        compute.points = "loss." if kind is Child else ""
-        compute.model = model
-    return model if kind is Child else lambda x, target: model(x, target, **options)
+OPS = {
+    Function: "loss(F.cross_entropy)",
+    Made: "loss(CrossEntropyLoss)",
+    MadeAndCalled: "loss(nn.CrossEntropyLoss)",
+    Child: "cross_entropy",
+}
+KINDS = list(OPS)
+
+
+class Way:
+    """A model of a kind, called with options."""
+
+    def __init__(self, kind: type[Model], options: dict[str, Any], fused: bool) -> None:
+        self.model = kind(**options) if kind is Child else kind()
+        self.options = {} if kind is Child else options
+        self.points = [("loss." if kind is Child else "") + name for name in ("logits", "p")]
+        if fused:
+            assert [row.op for row in ro.fuse(self.model)] == [OPS[kind]]
+
+    def __call__(self, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return self.model(x, target, **self.options)
 
 
 @pytest.fixture
@@ -90,6 +98,16 @@ def weights() -> torch.Tensor:
     return torch.linspace(0.5, 2, V)
 
 
+def loss_of_probabilities(p: torch.Tensor, target: torch.Tensor, **options: Any) -> torch.Tensor:
+    """The log of p is logits too: their softmax is p where that sums to one, and its derivative goes along the rows."""
+    smooth, ignored = options.pop("label_smoothing", 0.0), options.get("ignore_index", -100)
+    reduction, weight = options.get("reduction", "mean"), options.get("weight", torch.ones(V))
+    kept, at = target != ignored, target.clamp(min=0)
+    each = -(1 - smooth) * weight[at] * p.log().gather(-1, at[:, None])[:, 0] - smooth / V * p.log() @ weight
+    each = torch.where(kept, each, 0)
+    return each if reduction == "none" else each.sum() / (weight[at][kept].sum() if reduction == "mean" else 1)
+
+
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "sum": {"reduction": "sum"},
@@ -99,7 +117,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "another index": {"ignore_index": 3},
     "all": {"weight": weights(), "ignore_index": 9, "reduction": "sum", "label_smoothing": 0.2},
 }
-KINDS = [Function, Made, MadeAndCalled, Child]
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
@@ -109,7 +126,8 @@ def test_values_gradients_and_points(
 ) -> None:
     if "ignore_index" in options:
         target = target.abs() % 10
-    theirs, ours = compute(kind, options, fused=False)(x, target), compute(kind, options, fused=True)(x, target)
+    fused = Way(kind, options, fused=True)
+    theirs, ours = Way(kind, options, fused=False)(x, target), fused(x, target)
     torch.testing.assert_close(ours, theirs)
     slope = torch.randn(theirs.shape, generator=torch.Generator().manual_seed(3))
     (expected,) = torch.autograd.grad(theirs, x, slope)
@@ -118,12 +136,14 @@ def test_values_gradients_and_points(
 
     z = kind().head(x).detach().requires_grad_()
     F.cross_entropy(z, target, **options).backward(slope)
-    fused = compute(kind, options, fused=True)
-    with ro.retain(compute.model) as kept:
+    with ro.retain(fused.model) as kept:
         fused(x, target).backward(slope)
-    assert list(kept) == [f"{compute.points}{name}" for name in ("logits", "p")]
-    torch.testing.assert_close(kept[f"{compute.points}logits"].grad, z.grad)
-    assert kept[f"{compute.points}p"].grad is not None
+    logits, p = fused.points
+    assert list(kept) == [logits, p]
+    torch.testing.assert_close(kept[logits].grad, z.grad)
+    probabilities = torch.softmax(z.detach(), -1).requires_grad_()
+    loss_of_probabilities(probabilities, target, **options).backward(slope)
+    torch.testing.assert_close(kept[p].grad, probabilities.grad)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -144,6 +164,12 @@ OTHERS: dict[str, Callable[[torch.Tensor], Any]] = {
     "probabilities": lambda z: (z, torch.full((N, V), 1 / V), {}),
     "of one sample": lambda z: (z[0], torch.tensor(3), {}),
     "classes in dim 1": lambda z: (z.view(2, 3, V).mT, torch.ones(2, 3, dtype=torch.long), {}),
+    "a smoothing that is a tensor": lambda z: (
+        z,
+        torch.ones(N, dtype=torch.long),
+        {"label_smoothing": torch.tensor(0.1)},
+    ),
+    "a weight of another dtype": lambda z: (z, torch.ones(N, dtype=torch.long), {"weight": weights().double()}),
     "a weight that learns": lambda z: (z, torch.ones(N, dtype=torch.long), {"weight": weights().requires_grad_()}),
     "reduced as once": lambda z: (z, torch.ones(N, dtype=torch.long), {"size_average": False}),
     "bytes": lambda z: (z, torch.ones(N, dtype=torch.uint8), {}),
@@ -157,7 +183,7 @@ OTHERS: dict[str, Callable[[torch.Tensor], Any]] = {
     "no rows": lambda z: (z[:0], torch.ones(0, dtype=torch.long), {}),
     "bfloat16": lambda z: (z.bfloat16(), torch.ones(N, dtype=torch.long), {}),
 }
-ONCE = ("of one sample", "no rows", "bfloat16")
+TAKEN = ("of one sample", "no rows", "bfloat16", "classes in dim 1")
 """Those that the op takes."""
 
 
@@ -185,7 +211,7 @@ def test_whatever_pytorch_takes_or_refuses(kind: type[Model], case: str, x: torc
         mine, other = (torch.autograd.grad(loss, x, retain_graph=True)[0] for loss in (ours, theirs))
         torch.testing.assert_close(mine, other, rtol=1e-2 if case == "bfloat16" else 1e-6, atol=1e-3)
     with ro.retain(fused, "logits") as kept:
-        if case in ONCE:
+        if case in TAKEN:
             outcome(fused).backward()
             assert kept["logits"].grad is not None
         else:
@@ -195,32 +221,31 @@ def test_whatever_pytorch_takes_or_refuses(kind: type[Model], case: str, x: torc
 def test_what_is_said_where_the_op_does_not_do(x: torch.Tensor) -> None:
     model = nn.Sequential(nn.CrossEntropyLoss())
     ro.fuse(model)
-    z = torch.randn(2, V, 3, requires_grad=True)
-    expected = (
-        "CrossEntropyLoss: 'logits' is asked for, and no op stands for its call of cross_entropy: its input has 3"
-    )
+    expected = "CrossEntropyLoss: 'logits' is asked for, and no op stands for its call of cross_entropy: its target is"
     with ro.retain(model, "0.logits"), pytest.raises(RuntimeError, match=expected):
-        model[0](z, torch.ones(2, 3, dtype=torch.long))
-    torch.testing.assert_close(
-        model[0](input=z, target=torch.ones(2, 3, dtype=torch.long)),
-        F.cross_entropy(z, torch.ones(2, 3, dtype=torch.long)),
-    )
+        model[0](x, torch.softmax(x, -1))
 
 
-def test_autocast(x: torch.Tensor, target: torch.Tensor) -> None:
-    for kind in KINDS:
-        with torch.autocast("cpu", torch.bfloat16):
-            theirs, ours = compute(kind, {}, fused=False)(x, target), compute(kind, {}, fused=True)(x, target)
-        assert ours.dtype is theirs.dtype is torch.float32
-        torch.testing.assert_close(ours, theirs)
+@pytest.mark.parametrize("options", [{}, {"weight": weights()}], ids=["plain", "weights"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_autocast(kind: type[Model], options: dict[str, Any], x: torch.Tensor, target: torch.Tensor) -> None:
+    fused = Way(kind, options, fused=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        theirs = Way(kind, options, fused=False)(x, target)
+        with ro.retain(fused.model) as kept:
+            ours = fused(x, target)
+    assert ours.dtype is theirs.dtype is torch.float32
+    torch.testing.assert_close(ours, theirs)
+    ours.backward()
+    assert all(slot.grad is not None for slot in kept.values())
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_compiled(kind: type[Model], x: torch.Tensor, target: torch.Tensor) -> None:
-    fused = compute(kind, {}, fused=True)
+    fused = Way(kind, {}, fused=True)
     torch._dynamo.reset()
-    compiled = torch.compile(compute.model, fullgraph=True, backend="aot_eager")
-    with ro.retain(compute.model, "*logits") as theirs:
+    compiled = torch.compile(fused.model, fullgraph=True, backend="aot_eager")
+    with ro.retain(fused.model, "*logits") as theirs:
         expected = fused(x, target)
         expected.backward()
     with ro.retain(compiled, "*logits") as kept:
@@ -229,6 +254,25 @@ def test_compiled(kind: type[Model], x: torch.Tensor, target: torch.Tensor) -> N
     torch.testing.assert_close(found, expected)
     for name, slot in kept.items():
         torch.testing.assert_close(slot.grad, theirs[name].grad)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("shape", [(2, V, 3), (2, V, 3, 4), (0, V, 3)], ids=str)
+def test_classes_in_dim_1(shape: tuple[int, ...], reduction: str) -> None:
+    """As a segmentation has them; in the points they are last."""
+    model = nn.Sequential(nn.CrossEntropyLoss(reduction=reduction, weight=weights()))
+    z = torch.randn(shape, generator=torch.Generator().manual_seed(3), requires_grad=True)
+    target = torch.arange(z[:, 0].numel()).view_as(z[:, 0]) % V
+    theirs = model[0](z, target)
+    (expected,) = torch.autograd.grad(theirs.sum(), z)
+    ro.fuse(model)
+    with ro.retain(model) as kept:
+        ours = model[0](input=z, target=target)
+        (found,) = torch.autograd.grad(ours.sum(), z)
+        model[0](z, target).sum().backward()
+    torch.testing.assert_close(ours, theirs, equal_nan=True)
+    torch.testing.assert_close(found, expected, equal_nan=True)
+    torch.testing.assert_close(kept["0.logits"].grad, expected.movedim(1, -1), equal_nan=True)
 
 
 def test_a_function_that_was_exchanged_is_called(monkeypatch: pytest.MonkeyPatch, x: torch.Tensor) -> None:
@@ -252,6 +296,65 @@ class InALoop(Model):
         logits = self.head(x)
         loss_fct = CrossEntropyLoss()
         return sum(loss_fct(logits[i], target[i]) for i in range(N))
+
+
+class AlsoElsewhere(Model):
+    def forward(self, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        logits = self.head(x)
+        loss_fct = CrossEntropyLoss()
+        loss = loss_fct(logits, target)
+        if len(logits) == 1:
+            loss_fct = nn.MSELoss()
+        return loss + loss_fct(2 * logits, target)
+
+
+class ReadBelow(Model):
+    def forward(self, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        logits = self.head(x)
+        loss_fct = CrossEntropyLoss()
+        loss = loss_fct(logits, target)
+        loss_fct = loss_fct.to(logits.device)
+        return loss
+
+
+class AfterTheBranch(Model):
+    def forward(self, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        logits = self.head(x)
+        loss_fct = nn.MSELoss()
+        loss = 0
+        if target.dim() == 1:
+            loss_fct = CrossEntropyLoss()
+            loss = loss_fct(logits, target)
+        return loss + loss_fct(logits, target)
+
+
+class InAFunction(Model):
+    def forward(self, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        logits = self.head(x)
+        loss_fct = CrossEntropyLoss()
+
+        def part(z: torch.Tensor) -> torch.Tensor:
+            return loss_fct(z, target)
+
+        return part(logits) + part(2 * logits)
+
+
+class FunctionInAFunction(Model):
+    def forward(self, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        logits = self.head(x)
+
+        def part(z: torch.Tensor) -> torch.Tensor:
+            return F.cross_entropy(z, target)
+
+        return part(logits) + part(2 * logits)
+
+
+class Global(Model):
+    def forward(self, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        global last_loss
+        logits = self.head(x)
+        last_loss = CrossEntropyLoss()
+        return last_loss(logits, target)
 
 
 class OneOfTwo(Model):
@@ -299,10 +402,15 @@ class Unpacked(Model):
         return loss_fct(logits, target) * more
 
 
-LEFT: dict[type[Model], str | None] = {
-    Twice: "called several times, and its points would be of several calls",
+LEFT: dict[type[Model], str] = {
+    Twice: "may be called several times, and its points would be of several calls",
     InALoop: "called several times",
-    OneOfTwo: None,
+    AlsoElsewhere: "its loss_fct may be another one later",
+    ReadBelow: "its loss_fct may be another one later",
+    AfterTheBranch: "may be another one where it is called",
+    InAFunction: "its loss_fct is used in a function inside",
+    FunctionInAFunction: "it is in a loop",
+    Global: "no variable of its own",
     LaterAnother: "may be another one where it is called",
     Read: "not only called",
     Moved: "what becomes of the loss",
@@ -312,17 +420,23 @@ LEFT: dict[type[Model], str | None] = {
 
 @pytest.mark.parametrize("kind", LEFT)
 def test_left_where_points_would_be_of_several_calls(kind: type[Model], x: torch.Tensor) -> None:
-    model, target, why = kind(), torch.ones(N, dtype=torch.long), LEFT[kind]
+    model, target = kind(), torch.ones(N, dtype=torch.long)
     theirs = model(x, target)
     (row,) = ro.fuse(model)
-    torch.testing.assert_close(model(x, target), theirs)
-    if why is None:
-        with ro.retain(model, "logits") as kept:
-            model(x, target).backward()
-        assert kept["logits"].grad is not None
-    else:
-        assert row.op is None
-        assert why in row.why
+    assert row.op is None
+    assert LEFT[kind] in row.why
+    assert torch.equal(model(x, target), theirs)
+
+
+def test_one_call_of_two_branches(x: torch.Tensor) -> None:
+    model, target = OneOfTwo(), torch.ones(N, dtype=torch.long)
+    theirs = model(x, target)
+    ro.fuse(model)
+    with ro.retain(model, "logits") as kept:
+        ours = model(x, target)
+        ours.backward()
+    torch.testing.assert_close(ours, theirs)
+    assert kept["logits"].grad is not None
 
 
 class InInit(Model):
@@ -374,4 +488,4 @@ def test_heads_of_transformers(kind: Any) -> None:
         assert kept["logits"].grad.shape == (2, 2)
     else:
         (why,) = [row.why for row in table.left if row.why.startswith("loss")]
-        assert why == f"loss(CrossEntropyLoss): the loss that it makes is {LEFT[Twice]}"
+        assert why == f"loss(CrossEntropyLoss): the loss that it makes {LEFT[Twice]}"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import pickle
-import re
 from collections import OrderedDict, namedtuple
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import pytest
@@ -243,6 +243,141 @@ def test_modules_of_ours(x: torch.Tensor) -> None:
     assert torch.equal(again["1.act"].grad, kept["1.act"].grad)
 
 
+class InPlace(nn.Module):
+    """What a module returned is changed in place, and what it was given is used again."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.fc, self.module = nn.Linear(8, 8), module
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.fc(x)
+        y = self.module(h)
+        y.mul_(3)
+        return y.sum() + (h if y.shape == h.shape else 0 * h).sum()
+
+
+HELD = {
+    "identity": nn.Identity,
+    "dropout in eval": lambda: nn.Dropout().eval(),
+    "flatten": lambda: nn.Flatten(0),
+    "point": ro.nn.Point,
+}
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("name", [*HELD, "linear"])
+def test_what_others_have_too_is_not_changed_in_place(name: str, compiled: bool, x: torch.Tensor) -> None:
+    """PyTorch refuses: else the gradients of the others would be wrong. In compiled code nobody knows who has it."""
+    torch._dynamo.reset()
+    model = InPlace(HELD.get(name, lambda: nn.Linear(8, 8))())
+    run_it = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+    expected = run(run_it, x)
+    ro.fuse(model, rules=[], outputs="module")
+    assert_same(run(run_it, x), expected)
+    if name == "linear" and not compiled:  # and what it was before the change is the point
+        with ro.retain(model) as kept:
+            assert_same(run(model, x), expected)
+        torch.testing.assert_close(kept["module.out"].grad, torch.full((4, 8), -3.0))
+        return
+    with ro.retain(model), pytest.raises(Exception, match="is a view and is being modified inplace"):
+        run_it(x)
+
+
+def test_a_point_in_code_is_not_changed_in_place_there(x: torch.Tensor) -> None:
+    def f(x: torch.Tensor, kept: ro.Retained) -> torch.Tensor:
+        c = ro.point(x * 2, "c", retain=kept)
+        c.mul_(3)
+        return c.sum()
+
+    torch._dynamo.reset()
+    for call in (f, torch.compile(f, fullgraph=True, backend="aot_eager"), torch.compile(f, backend="inductor")):
+        with pytest.raises(Exception, match="is a view and is being modified inplace"):
+            call(x, ro.Retained("c"))
+
+
+@pytest.mark.parametrize("rules", [None, []], ids=["fused", "not fused"])
+@pytest.mark.parametrize("asked", ["*.out", "*"])
+def test_attention_of_torch(asked: str, rules: list | None) -> None:
+    """Whose module has points of its own beside this one."""
+    torch.manual_seed(0)
+    model, x = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True), torch.randn(2, 3, 8)
+    names = ["self_attn", "linear2", "norm1"]
+    theirs, before = retained_by_hooks(model, names, x), run(model, x)
+    ro.fuse(model, rules=rules, outputs=names)
+    with ro.retain(model, asked) as kept:
+        assert_same(run(model, x), before)
+    assert ("self_attn.p" in kept) == (asked == "*" and rules is None)
+    for name in names:
+        torch.testing.assert_close(kept[f"{name}.out"].grad, theirs[name], rtol=1e-5, atol=1e-6, msg=name)
+    with ro.retain(model, "*.out") as outer, ro.retain(model, asked) as inner:
+        run(model, x)
+    for name in names:
+        torch.testing.assert_close(outer[f"{name}.out"].grad, inner[f"{name}.out"].grad)
+
+
+class First(nn.Module):
+    def forward(self, values: Any) -> torch.Tensor:
+        return values[0]
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+def test_recurrent_layers(copied: Callable) -> None:
+    """They keep a list of their weights, and copy themselves without it."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.LSTM(8, 5), First()), torch.randn(3, 2, 8)
+    theirs, before = retained_by_hooks(model, ["0"], x), run(model, x)
+    assert [row.op for row in ro.fuse(model, outputs="0")] == ["output"]
+    for each in (model, copied(model)):
+        with ro.retain(each) as kept:
+            assert all(torch.equal(a, b) for a, b in zip(run(each, x), before, strict=True))
+        torch.testing.assert_close(kept["0.out"].grad, theirs["0"])
+        ro.unfuse(each)
+        assert type(each[0]) is nn.LSTM
+
+
+class CompiledForward(nn.Linear):
+    @torch.compile(backend="eager")
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * 2
+
+
+def test_a_forward_that_is_compiled_itself(x: torch.Tensor) -> None:
+    """Dynamo marks such a function, and is not to take the one around it for marked."""
+    torch._dynamo.reset()
+    model = nn.Sequential(CompiledForward(8, 8))
+    ro.fuse(model, rules=[], outputs="0")
+    for call in (model, torch.compile(model, backend="eager")):
+        with ro.retain(model) as kept:
+            call(x).sum().backward()
+        assert torch.equal(kept["0.out"].grad, torch.ones(4, 8))
+
+
+class Breaks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.fc(x)
+        torch._dynamo.graph_break()
+        return h * 2
+
+
+def test_classes_do_not_use_up_each_others_recompilations(x: torch.Tensor) -> None:
+    """torch.compile counts by code, and gives up: each class has code of its own."""
+    torch._dynamo.reset()
+    many = torch._dynamo.config.recompile_limit + 3
+    model = nn.Sequential(*(type(f"Breaks{i}", (Breaks,), {"forward": copied(Breaks.forward)})() for i in range(many)))
+    ro.fuse(model, rules=[], outputs=lambda path: "." not in path)
+    with torch.no_grad(), torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        torch.compile(model, backend="eager")(x)
+
+
+def copied(function: Any) -> Any:
+    return FunctionType(function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__)
+
+
 class Returns(nn.Module):
     def __init__(self, made: Callable[[torch.Tensor], Any]) -> None:
         super().__init__()
@@ -272,14 +407,49 @@ def test_the_first_of_several(made: Callable, x: torch.Tensor) -> None:
     torch.testing.assert_close(kept["0.out"].grad, 2 * theirs[0].detach())
 
 
-def test_what_is_no_tensor_is_an_error_where_it_is_asked(x: torch.Tensor) -> None:
-    model = nn.Sequential(Returns(lambda y: {"y": y}))
+class Output(OrderedDict):
+    """As a ModelOutput of transformers is one."""
+
+
+@pytest.mark.parametrize("kind", [dict, Output])
+def test_the_first_of_a_dict(kind: type, x: torch.Tensor) -> None:
+    model, made = nn.Sequential(Returns(lambda y: made[-1])), []
     ro.fuse(model, rules=[], outputs="0")
-    assert list(model(x)) == ["y"]
-    expected = (
-        "point '0.out': Returns returned a dict; expected a torch.Tensor, or a tuple or list that starts with one"
-    )
-    with ro.retain(model), pytest.raises(TypeError, match=re.escape(expected)):
+    y = x * 2
+    made.append(kind(y=y, n=3))
+    with ro.retain(model) as kept:
+        output = model(x)
+        output["y"].square().sum().backward()
+    assert type(output) is kind
+    assert list(output) == ["y", "n"]
+    assert kind is Output or made[0]["y"] is y  # a module may keep what it returns
+    torch.testing.assert_close(kept["0.out"].grad, 4 * x.detach())
+
+
+def test_of_a_model_of_transformers_what_it_returns() -> None:
+    model, tokens = tiny_llama(), torch.randint(50, (2, 6))
+    ro.fuse(model, rules=[], outputs=["model", "model.norm"])
+    torch._dynamo.reset()
+    for call in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        with ro.retain(model) as kept:
+            call(tokens, labels=tokens).loss.backward()
+        assert torch.equal(kept["model.out"].grad, kept["model.norm.out"].grad)
+
+
+class Own(tuple):
+    def __new__(cls, a: Any, b: Any) -> Any:
+        return super().__new__(cls, (a, b))
+
+
+@pytest.mark.parametrize(
+    "made", [lambda y: None, lambda y: {}, lambda y: (3, y), lambda y: Own(y, y)], ids=["None", "dict", "tuple", "own"]
+)
+def test_what_is_no_tensor_is_an_error_where_it_is_asked(made: Callable, x: torch.Tensor) -> None:
+    model = nn.Sequential(Returns(made))
+    ro.fuse(model, rules=[], outputs="0")
+    assert type(model(x)) is type(made(x))
+    expected = rf"point '0.out': Returns returned a {type(made(x)).__name__}; expected a torch.Tensor, or a tuple"
+    with ro.retain(model), pytest.raises(TypeError, match=expected):
         model(x)
 
 
@@ -308,6 +478,7 @@ def test_left_and_said(x: torch.Tensor) -> None:
     model = nn.ModuleDict({"list": nn.ModuleList([nn.Linear(8, 8)]), "named": Named(8, 8), "set": nn.Linear(8, 8)})
     model["set"].forward = torch.cos
     model["taken"] = nn.Sequential(OrderedDict(out=ro.nn.Point()))
+    model["lazy"] = nn.LazyLinear(8)
     table = ro.fuse(model, rules=[], outputs=lambda path: True)
     assert [(row.name, row.op, row.why) for row in table] == [
         ("list", None, "it has no forward"),
@@ -316,6 +487,7 @@ def test_left_and_said(x: torch.Tensor) -> None:
         ("set", None, "its forward is set on the module itself"),
         ("taken", None, "it has a point called out"),
         ("taken.out", None, "it is a point itself"),
+        ("lazy", None, "its parameters are made in its first call; call it once before"),
     ]
 
 
@@ -325,6 +497,9 @@ def test_a_pattern_of_nothing(block: Block) -> None:
     assert type(block) is Block
     with pytest.raises(TypeError, match="fuse: a pattern is int; expected a string"):
         ro.fuse(block, outputs=[3])
+    for wrong in (3, {"norm1": None}):
+        with pytest.raises(TypeError, match=f"fuse: outputs is {type(wrong).__name__}; expected a pattern"):
+            ro.fuse(block, outputs=wrong)
 
 
 def test_wholly_or_not_at_all(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
