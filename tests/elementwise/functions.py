@@ -1,10 +1,12 @@
-"""A fused function with interiors of several shapes, and the same in eager PyTorch."""
+"""A fused function with interiors of several shapes, the same in eager PyTorch, and a tensor that is no parameter."""
 
 from __future__ import annotations
 
 import torch
 
 import retainops as ro
+
+WEIGHT = torch.ones(3)
 
 
 @ro.fuse_pointwise
