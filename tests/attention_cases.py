@@ -140,6 +140,8 @@ CASES = {
     "window to the right": _other(1, 2, 12, 25, 16, window=(None, 3)),
     "window past the keys": _other(1, 2, 25, 9, 16, window=(2, None)),
 }
+CAUSAL = CASES["causal"]
+SMALL = Case((1, 2, 4, 3), (1, 2, 4, 3), (1, 2, 4, 3))
 
 
 def eager(case: Case, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> dict[str, Tensor]:

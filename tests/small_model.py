@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import nn
 
@@ -95,3 +96,11 @@ def train(model: nn.Module, x: torch.Tensor, watcher: ro.Watcher, steps: int, sc
         (model(x).sum() * scale).backward()
         model.zero_grad()
         watcher.step()
+
+
+def assert_read(readings: Readings, expected: dict[str, torch.Tensor], names: list[str]) -> None:
+    assert list(readings) == names
+    for name in names:
+        assert readings[name]["l2"] == pytest.approx(expected[name].norm().item(), rel=1e-5)
+        assert readings[name]["nonfinite"] == 0
+        assert isinstance(readings[name]["nonfinite"], int)

@@ -167,7 +167,7 @@ def test_compiled_code_refuses_targets_of_another_shape(name: str, shape: tuple[
 
 
 def test_targets_out_of_range_are_nan_where_nobody_looks(name: str) -> None:
-    """On a GPU the kernels have them so: tests/test_cross_entropy.py and tests/test_linear_cross_entropy.py."""
+    """On a GPU the kernels have them so: tests/test_cross_entropy_targets.py and tests/test_linear_cross_entropy.py."""
     x, *others = inputs_of(name, "cpu")
     others[TARGET[name] - 1][0, 2] = CLASSES
     torch._dynamo.reset()

@@ -1,6 +1,6 @@
 """Several ranks, by gloo on the CPU: losses and what is retained equal those of one process.
 
-One run of torchrun for each number of ranks does all the cases of tests/on_ranks.py.
+One run of torchrun for each number of ranks does all the cases, by tests/run_on_ranks.py.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 
 import retainops as ro
 from tests import on_ranks
+from tests.small_model import Model
 
 ROOT = Path(__file__).parent.parent
 DATA_PARALLEL = ["ddp", "ddp_channels", "ddp_compiled", "fsdp", "fsdp_compiled"]
@@ -28,7 +29,7 @@ def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     out = tmp_path_factory.mktemp("ranks")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={request.param}"]
     done = subprocess.run(
-        [*command, "tests/on_ranks.py", str(out)],
+        [*command, "tests/run_on_ranks.py", str(out)],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -65,7 +66,7 @@ def assert_same(got: dict[str, Any], expected: dict[str, Any], divide: float = 1
 @pytest.mark.parametrize("case", DATA_PARALLEL)
 def test_data_parallel(ranks: list[dict[str, Any]], case: str) -> None:
     """Statistics put together are those of one process, once divided by the number of ranks."""
-    single = on_ranks.single(on_ranks.Model, on_ranks.CHANNELS if case.endswith("channels") else on_ranks.EVERY)
+    single = on_ranks.single(Model, on_ranks.CHANNELS if case.endswith("channels") else on_ranks.EVERY)
     for got in results(ranks, case):
         torch.testing.assert_close(got["loss"], single["loss"])
         torch.testing.assert_close(got["grads"], single["grads"])
@@ -82,7 +83,7 @@ def test_before_they_are_put_together_statistics_are_the_ranks_own(ranks: list[d
 
 
 def test_full_gradients_are_the_ranks_own(ranks: list[dict[str, Any]]) -> None:
-    single = on_ranks.single(on_ranks.Model, None)["stats"]
+    single = on_ranks.single(Model, None)["stats"]
     got = results(ranks, "ddp_gradients")
     for name, of in single.items():
         together = torch.cat([rank["stats"][name]["grad"] for rank in got])
@@ -90,7 +91,7 @@ def test_full_gradients_are_the_ranks_own(ranks: list[dict[str, Any]]) -> None:
 
 
 def test_fully_sharded_by_wrappers(ranks: list[dict[str, Any]]) -> None:
-    single = on_ranks.single(on_ranks.Model)
+    single = on_ranks.single(Model)
     for got in results(ranks, "fsdp_of_wrappers"):
         assert list(got["stats"]) == list(single["stats"])
         assert_same(got["stats"], single["stats"], divide=len(ranks))
@@ -102,7 +103,7 @@ def test_pipeline_parallel(ranks: list[dict[str, Any]]) -> None:
     found = results(ranks, "pipeline")
     for which, many in enumerate((1, 2)):
         torch.manual_seed(3)
-        layers = on_ranks.Model(len(ranks) * many).double()
+        layers = Model(len(ranks) * many).double()
         with ro.retain(layers, "layers.*", on_ranks.EVERY_AND_GRAD) as kept:
             for x in on_ranks.batch().chunk(4):
                 layers(x).square().sum().backward()
@@ -273,7 +274,7 @@ def test_without_a_process_group() -> None:
 
 
 def test_watch(ranks: list[dict[str, Any]]) -> None:
-    single = on_ranks.single(on_ranks.Model)["stats"]
+    single = on_ranks.single(Model)["stats"]
     got = results(ranks, "watch")
     assert [[step for step, _ in of["steps"]] for of in got] == [[0, 2], *[[]] * (len(ranks) - 1)]
     for of in got:

@@ -1,23 +1,13 @@
-"""Points held by modules: asking a model for them, in threads and copies, and what is refused."""
+"""Points held by modules: asking a model for them, and what there is to ask for."""
 
 from __future__ import annotations
 
-import copy
-import functools
-import pickle
 import re
 import threading
-from collections.abc import Callable
 
 import pytest
 import torch
 from torch import nn
-from torch.utils.checkpoint import (
-    CheckpointError,
-    CheckpointPolicy,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-)
 
 import retainops as ro
 from tests.conftest import Path
@@ -34,8 +24,6 @@ from tests.small_model import (
     requests_in,
     steps_of_two_sizes,
 )
-
-# Eager
 
 
 @pytest.mark.parametrize(
@@ -205,63 +193,6 @@ def test_a_decorated_function_in_two_threads() -> None:
         assert model.out._requests == left
 
 
-@pytest.mark.parametrize(
-    ("use_reentrant", "inside"), [(False, True), (False, False), (True, True)], ids=["inside", "after", "reentrant"]
-)
-def test_checkpoint(model_x: tuple, use_reentrant: bool, inside: bool) -> None:
-    """Recomputation finds the requests inside the `with`; the non-reentrant kind also works after it."""
-    model, x = model_x
-    y = x.requires_grad_()
-    with ro.retain(model, "layers.*") as kept:
-        for layer in model.layers:
-            y = checkpoint(layer, y, use_reentrant=use_reentrant)
-        if inside:
-            y.sum().backward()
-    if not inside:
-        y.sum().backward()
-    assert_kept(kept, oracle(model, x), IN_BLOCKS)
-
-
-def test_a_selective_checkpoint_counts_no_operation_of_ours(rand: Callable) -> None:
-    """What its policy saves is found again by how often the operation was called before, a slot's leaf made or not."""
-
-    class Scaled(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.point, self.scale = ro.nn.Point(), nn.Parameter(torch.randn(1, 4))
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return torch.sin(self.point(x) * self.scale.expand(3, 4).contiguous())
-
-    def policy(ctx: object, op: object, *_: object, **__: object) -> CheckpointPolicy:
-        is_saved = op in (torch.ops.aten.expand.default, torch.ops.aten.zeros.default)
-        return CheckpointPolicy.MUST_SAVE if is_saved else CheckpointPolicy.PREFER_RECOMPUTE
-
-    x = rand(3, 4)
-    model = Scaled().to(x.device)
-    saving = functools.partial(create_selective_checkpoint_contexts, policy)
-    results = []
-    for run in (model, functools.partial(checkpoint, model, use_reentrant=False, context_fn=saving)):
-        x.grad = model.scale.grad = None
-        with ro.retain(model) as kept:
-            run(x).sum().backward()
-        results.append((kept["point"].grad, x.grad, model.scale.grad))
-    torch.testing.assert_close(*results)
-
-
-def test_checkpoints_whose_backward_comes_after_the_with(model_x: tuple) -> None:
-    """What docs/retain_grad.md says of it: an error of PyTorch's, or nothing comes."""
-    model, x = model_x
-    with ro.retain(model, "*.act", ro.Stats("act_grad")):
-        y = checkpoint(model, x.requires_grad_(), use_reentrant=False)
-    with pytest.raises(CheckpointError, match="number of tensors"):
-        y.sum().backward()
-    with pytest.warns(RuntimeWarning, match="run backward inside the with"), ro.retain(model, "*.act") as kept:
-        y = checkpoint(model, x, use_reentrant=True)
-    y.sum().backward()
-    assert kept["layers.0.act"].grad is None
-
-
 def test_autocast() -> None:
     model, x = make()
     with ro.retain(model) as kept, torch.autocast("cpu", torch.bfloat16):
@@ -299,73 +230,6 @@ def test_mul_sin_holds_a_number_a_parameter_or_a_buffer() -> None:
     assert (repr(fixed), repr(ro.nn.MulSin(30.0))) == ("MulSin(scale=(6,))", "MulSin(scale=30.0)")
     with pytest.raises(TypeError, match="MulSin: scale is str; expected a number or a torch.Tensor"):
         ro.nn.MulSin("30")
-
-
-# Copies, pickles, tracing
-
-
-def test_copies_and_pickles_carry_no_request() -> None:
-    model, x = make()
-    with ro.retain(model) as kept:
-        others = copy.deepcopy(model), copy.copy(model.out), pickle.loads(pickle.dumps(model))
-        for other in others:
-            assert not requests_in(other)
-            other(x).sum().backward() if other is not others[1] else other(x)
-        assert requests_in(model)
-    assert all(slot.grad is None for slot in kept.values())
-
-
-@pytest.mark.parametrize("fused", [False, True], ids=["ours", "fused"])
-def test_a_copy_of_a_parametrized_module_carries_no_request(fused: bool) -> None:
-    model = nn.Sequential(nn.LayerNorm(D) if fused else ro.nn.LayerNorm(D))
-    if fused:
-        ro.fuse(model)
-    nn.utils.parametrize.register_parametrization(model[0], "weight", nn.Softplus())
-    x = torch.randn(4, D, requires_grad=True)
-    with ro.retain(model) as kept:
-        other = copy.deepcopy(model)
-        assert requests_in(model)
-        assert not requests_in(other)
-        model(x).sum().backward()
-    torch.testing.assert_close(other(x), model(x))
-    assert kept["0.xhat"].grad is not None
-
-
-@pytest.mark.parametrize("fused", [False, True], ids=["ours", "fused"])
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
-def test_a_copy_of_what_was_compiled_in_place_has_weights_of_its_own(
-    copied: Callable, fused: bool, fresh_compiler: None
-) -> None:
-    norm = nn.LayerNorm(D) if fused else ro.nn.LayerNorm(D)
-    if fused:
-        ro.fuse(norm)
-    norm.compile(backend="eager")
-    other = copied(norm)
-    nn.init.zeros_(other.weight)
-    assert not other(torch.randn(4, D)).any()
-    assert norm(torch.randn(4, D)).any()
-
-
-def test_a_model_with_points_can_be_traced_and_exported() -> None:
-    model, x = make()
-    assert torch.equal(
-        torch.fx.symbolic_trace(nn.Sequential(model.layers[0].lin, ro.nn.Point()))(x), model.layers[0].lin(x)
-    )
-    assert torch.equal(torch.export.export(model, (x,)).module()(x), model(x))
-
-
-@pytest.mark.filterwarnings("ignore:.torch.jit.trace")
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
-@pytest.mark.parametrize("what", ["layers.0.act", "layers.0.sine.c"])
-@pytest.mark.parametrize("strict", [False, True])
-def test_a_program_that_would_answer_no_request(what: str, strict: bool) -> None:
-    model, x = make()
-    with ro.retain(model, what):
-        with pytest.raises(Exception, match=r"while torch\.export records this call.*leave the `with` of ro\.retain"):
-            torch.export.export(model, (x,), strict=strict)
-        with pytest.raises(RuntimeError, match=r"while torch\.jit records this call"):
-            torch.jit.trace(model, (x,))
-        model(x)
 
 
 # What there is

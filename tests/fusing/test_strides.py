@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import retainops as ro
 from tests.conftest import Path
-from tests.fusing.test_own_norms import AroundTheMeanLayerNorm, GammaRMS_Norm, LitRMSNorm
+from tests.fusing.own_norms import AroundTheMeanLayerNorm, GammaRMS_Norm, LitRMSNorm
 
 Tensor = torch.Tensor
 N = 8
