@@ -64,7 +64,9 @@ def _as_point(module: Output, output: Any, inputs: tuple[Any, ...]) -> Any:
             new[first] = module.point(OUT, value, _may_be_held(value, inputs))
             return new
     elif _is_built_of_its_items(kind) and output and isinstance(output[0], torch.Tensor):
-        values = [module.point(OUT, output[0], _may_be_held(output[0], inputs)), *output[1:]]
+        first = output[0]
+        point = module.point(OUT, first, _may_be_held(first, inputs))
+        values = [point if value is first else value for value in output]
         return output._make(values) if hasattr(output, "_make") else kind(values)
     name = next(request[OUT].name for request in module._requests if OUT in request)
     raise TypeError(

@@ -407,6 +407,15 @@ def test_the_first_of_several(made: Callable, x: torch.Tensor) -> None:
     torch.testing.assert_close(kept["0.out"].grad, 2 * theirs[0].detach())
 
 
+def test_a_tensor_that_is_returned_twice(x: torch.Tensor) -> None:
+    model = nn.Sequential(Returns(lambda y: (y, y, y * 2)))
+    ro.fuse(model, rules=[], outputs="0")
+    with ro.retain(model) as kept:
+        a, b, c = model(x)
+        (a + 3 * b + c).sum().backward()
+    assert torch.equal(kept["0.out"].grad, torch.full((4, 8), 4.0))
+
+
 class Output(OrderedDict):
     """As a ModelOutput of transformers is one."""
 
