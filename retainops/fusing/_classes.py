@@ -14,9 +14,9 @@ from typing import Any
 
 from torch import nn
 
-from retainops.fusing._code import Methods, methods, rewritten, wrappers
+from retainops.fusing._code import Methods, methods, rewritten, wrappers, wrapping
 from retainops.fusing._patterns import Site
-from retainops.fusing.outputs import Output, with_point, wrapping
+from retainops.fusing.outputs import Output, with_point
 from retainops.nn.point import HoldsPoints
 from retainops.registry import Op, PointInfo
 

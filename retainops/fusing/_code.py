@@ -7,7 +7,7 @@ import ast
 import functools
 import inspect
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
@@ -226,6 +226,18 @@ def _held(module: nn.Module, name: str) -> Any:
     """An attribute that a module has itself."""
     places = (vars(module), module._modules, module._parameters, module._buffers)
     return next((place[name] for place in places if name in place), None)
+
+
+def wrapping(original: Callable[..., Any], function: Any) -> Callable[..., Any]:
+    """A function under another one's name.
+
+    It has code of its own, which torch.compile counts recompilations by, and none of the other's attributes: by some of
+    them Dynamo knows a function that it is to skip.
+    """
+    own = FunctionType(
+        function.__code__.replace(), function.__globals__, closure=function.__closure__, argdefs=function.__defaults__
+    )
+    return functools.wraps(original, updated=())(own)
 
 
 def wrappers(function: Any) -> list[Any]:

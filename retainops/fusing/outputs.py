@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from types import FunctionType
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
+from retainops.fusing._code import wrapping
 from retainops.nn.point import HoldsPoints, Point
 from retainops.registry import PointInfo
 
@@ -33,18 +32,6 @@ def with_point(forward: Callable[..., Any]) -> Callable[..., Any]:
         return _as_point(self, output, (*args, *kwargs.values())) if is_asked(self) else output
 
     return wrapping(forward, call)
-
-
-def wrapping(original: Callable[..., Any], function: Any) -> Callable[..., Any]:
-    """A function under another one's name.
-
-    It has code of its own, which torch.compile counts recompilations by, and none of the other's attributes: by some of
-    them Dynamo knows a function that it is to skip.
-    """
-    own = FunctionType(
-        function.__code__.replace(), function.__globals__, closure=function.__closure__, argdefs=function.__defaults__
-    )
-    return functools.wraps(original, updated=())(own)
 
 
 def is_asked(module: Any) -> bool:

@@ -284,6 +284,16 @@ def test_what_others_have_too_is_not_changed_in_place(name: str, compiled: bool,
         run_it(x)
 
 
+def test_what_a_point_is_made_of_is_not_changed_in_place(x: torch.Tensor) -> None:
+    """If the point is used after it."""
+    point, h = nn.Sequential(ro.nn.Point()), x * 2
+    with ro.retain(point):
+        c = point(h)
+        h.mul_(3)
+        with pytest.raises(RuntimeError, match="is a view and its base .* has been modified inplace"):
+            c.sin().sum().backward()
+
+
 def test_a_point_in_code_is_not_changed_in_place_there(x: torch.Tensor) -> None:
     def f(x: torch.Tensor, kept: ro.Retained) -> torch.Tensor:
         c = ro.point(x * 2, "c", retain=kept)
