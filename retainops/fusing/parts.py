@@ -105,7 +105,7 @@ class AddNorm(HoldsPoints):
             return norm.of_sum(x, residual)
         summed = x + residual
         if isinstance(norm, OfSum):
-            summed = norm.point("summed", summed)
+            summed = norm.point("summed", summed, as_view=False)
         return norm(summed), summed
 
 
@@ -151,7 +151,7 @@ class BiasAct(CallsActivation):
         """act(linear(x), **options)."""
         op, bias = BIASED.get(function_of(act, **options) or ""), getattr(linear, "bias", None)
         if op is None or bias is None or not has_plain_product(linear) or not bare(linear):
-            return act(self.point("c", linear(x)), **options)
+            return act(self.point("c", linear(x), as_view=False), **options)  # which may work in place
         weight = linear.weight if isinstance(linear, nn.Linear) else linear.weight.mT
         y = F.linear(x, weight)
         return self.call(y, bias.to(y.dtype), op=op)  # under autocast y has another dtype
@@ -179,7 +179,7 @@ class Sdpa(HoldsPoints):
         known = ATTENTIONS.get(function) if isinstance(function, FunctionType) else None
         if known is not None:
             return known(self, *args, **named)
-        return self.point("o", function(*args, **named))
+        return self.point("o", function(*args, **named), as_view=False)
 
 
 ATTENTIONS: dict[Any, Callable[..., Tensor]] = {}

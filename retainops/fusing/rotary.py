@@ -114,7 +114,7 @@ class Rotary(HoldsPoints):
             q_rot, k_rot = self.call(*form.inputs(q, k, cos, sin), op=ROPE)
         else:
             q_rot, k_rot = function(q, k, cos, sin)
-            q_rot, k_rot = self.point("q_rot", q_rot), self.point("k_rot", k_rot)
+            q_rot, k_rot = (self.point(name, t, as_view=False) for name, t in (("q_rot", q_rot), ("k_rot", k_rot)))
         return q_rot, k_rot
 
 

@@ -68,10 +68,11 @@ class HoldsPoints(nn.Module):
         """
         return call(self.op if op is None else op, inputs, self._requests)
 
-    def point(self, name: str, value: torch.Tensor, as_view: bool = False) -> torch.Tensor:
+    def point(self, name: str, value: torch.Tensor, as_view: bool = True) -> torch.Tensor:
         """A value that is in memory anyway, as a point: its gradient goes to whoever asks for it.
 
-        `as_view`: others may have the value too, so PyTorch is to refuse in-place operations on what comes back.
+        Others may have the value too, so PyTorch refuses in-place operations on what comes back, a view; not so with
+        `as_view=False`, where nobody else has it.
         """
         return tapped(type(self).__name__, name, value, self._requests, as_view)
 
@@ -122,7 +123,7 @@ class Point(HoldsPoints):
         if self._requests and not isinstance(x, torch.Tensor):
             name = self._requests[0][self.POINT].name
             raise TypeError(f"Point '{name}': the input is {type(x).__name__}; expected a torch.Tensor")
-        return self.point(self.POINT, x, as_view=True)
+        return self.point(self.POINT, x)
 
 
 def call(op: Op, inputs: tuple[Any, ...], requests: tuple[Retained, ...]) -> torch.Tensor:

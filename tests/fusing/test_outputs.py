@@ -294,6 +294,25 @@ def test_what_a_point_is_made_of_is_not_changed_in_place(x: torch.Tensor) -> Non
             c.sin().sum().backward()
 
 
+class Doubled(ro.nn.HoldsPoints):
+    """A point in a module of somebody's own."""
+
+    op = ro.nn.SquaredReLU.op
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = x * 2
+        c = self.point(self.op.points[0].name, h)
+        c.relu_()
+        return h + c
+
+
+def test_a_point_in_a_module_of_ones_own_is_not_changed_in_place(x: torch.Tensor) -> None:
+    model = nn.Sequential(Doubled())
+    model(x)
+    with ro.retain(model), pytest.raises(RuntimeError, match="is a view and is being modified inplace"):
+        model(x)
+
+
 def test_a_point_in_code_is_not_changed_in_place_there(x: torch.Tensor) -> None:
     def f(x: torch.Tensor, kept: ro.Retained) -> torch.Tensor:
         c = ro.point(x * 2, "c", retain=kept)
