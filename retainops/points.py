@@ -17,6 +17,10 @@ from retainops.slots import Slot
 from retainops.stats import TAKE_VALUE, Stats, parts_of
 from retainops.untraced import untraced
 
+COMPILED_VIEWS = torch.__version__ >= "2.12"
+"""Whether a point in compiled code can be a view. In torch 2.11 a graph that has parcels cannot return two tensors of
+one memory, and a point may leave it beside a view of the point."""
+
 
 class Tap(torch.autograd.Function):
     """The identity; its backward also hands the gradient to a slot, by its leaf or a view of that."""
@@ -73,7 +77,7 @@ class CompiledTap(torch.autograd.Function):
             empty = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
             # Not copy_: the Dynamo of torch 2.11 returns what it changes beside the output: the gradient goes there.
             copy = torch.ops.aten.copy(empty, x)
-        return torch.ops.aten.alias(copy) if as_view else copy
+        return torch.ops.aten.alias(copy) if as_view and COMPILED_VIEWS else copy
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
