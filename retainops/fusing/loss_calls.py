@@ -61,20 +61,13 @@ def _options(
     reduction: Any = "mean",
     label_smoothing: Any = 0.0,
 ) -> tuple[Any, ...]:
+    """In this order they are the class's arguments, and the function's after input and target."""
     return weight, size_average, ignore_index, reduce, reduction, label_smoothing
 
 
-def _as_op(
-    input: Any,
-    target: Any,
-    weight: Any = None,
-    size_average: Any = None,
-    ignore_index: Any = -100,
-    reduce: Any = None,
-    reduction: Any = "mean",
-    label_smoothing: Any = 0.0,
-) -> Call | str:
+def _as_op(input: Any, target: Any, *args: Any, **named: Any) -> Call | str:
     """From the function's arguments to the op and its inputs, or why PyTorch's is to be called: for its errors, too."""
+    weight, size_average, ignore_index, reduce, reduction, label_smoothing = _options(*args, **named)
     if not all(isinstance(x, Tensor) and not x.is_nested for x in (input, target)) or not input.is_floating_point():
         return "it is not of a tensor of floating-point numbers and one of classes"
     if target.dtype is not torch.int64:
