@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What is worth knowing from a machine with a GPU, in one command that ends within 9 minutes whatever happens:
+# What is worth knowing from a machine with a GPU, in one command that without names of steps ends within 9 minutes:
 # the tests, the check of every op, the benchmarks, their report. Nothing to install and no network:
 #
 #     bash bench/gpu.sh                        # gpu_tests tests check bench attention
@@ -86,7 +86,7 @@ step host 60 "$python" -m bench.host_time
 step model 90 "$python" -m bench.model_step --no-compile --results "$folder"
 step memory 120 "$python" -m bench.linear_cross_entropy_memory --results "$folder"
 # shellcheck disable=SC2086
-step sanitize 420 "$python" -m bench.sanitize --jobs "$workers" ${SANITIZE:-}
+step sanitize 420 "$python" -m bench.sanitize --jobs "$workers" --seconds 200 ${SANITIZE:-}
 state >>"$folder/summary.txt"
 
 case $steps in *" bench "*)
@@ -96,7 +96,7 @@ case $steps in *" bench "*)
 esac
 if [ ${#failed[@]} -gt 0 ]; then
     echo "== failed: ${failed[*]}" | tee -a "$folder/summary.txt"
-    grep -hE '^(FAILED|ERROR)|FAILED$' "$folder/gpu_tests.log" "$folder/tests.log" "$folder/check.log" "$folder/bench.log" | head -n 40
+    grep -hsE '^(FAILED|ERROR)|FAILED$' "$folder/gpu_tests.log" "$folder/tests.log" "$folder/check.log" "$folder/bench.log" | head -n 40
 fi
 echo "== everything is in $folder"
 [ ${#failed[@]} = 0 ]

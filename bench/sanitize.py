@@ -6,7 +6,7 @@
 
 Forward, backward, backward with every point retained and with statistics of each kind, in three dtypes, of small
 tensors of odd sizes; of row ops also of rows that registers do not hold. PyTorch's caching of memory is off,
-so that an access past the end of one tensor is not inside of another. On the H200's machine racecheck took 8 s an op.
+so that an access past the end of one tensor is not inside of another.
 Status: 0, 1 where something was reported or an op was not reached, 2 where there is no GPU or no compute-sanitizer.
 """
 
@@ -86,7 +86,8 @@ def watched(tool: str, names: Sequence[str], seconds: float) -> dict[str, str]:
         )
         said = done.stdout + done.stderr
     except subprocess.TimeoutExpired as late:
-        said = (late.stdout or b"").decode()
+        said = late.stdout or ""
+        said = said.decode() if isinstance(said, bytes) else said  # bytes, whatever text=True says
     return verdicts(said, names)
 
 
@@ -145,6 +146,8 @@ def _report(tools: Sequence[str], names: Sequence[str], jobs: int, seconds: floa
         for future in as_completed(asked):
             tool, share = asked[future]
             found[tool] |= future.result()
+            for name in share:  # at once: an interrupt would lose the table
+                progress.console.print(f"{tool} {name}: {found[tool][name]}", markup=False)
             progress.advance(task, len(share))
     table = Table("op", *tools, title="compute-sanitizer")
     for name in names:

@@ -143,6 +143,9 @@ def test_the_sanitizers_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
     tool.write_text("#!/usr/bin/env bash\nexit 1\n")
     assert sanitize.main(["--ops", "mul_sin", "--tool", "racecheck"]) == 1
     assert "not reached" in capsys.readouterr().out
+    tool.write_text('#!/usr/bin/env bash\necho "sanitize: mul_sin"\nexec sleep 20\n')
+    assert sanitize.main(["--ops", "mul_sin", "--tool", "memcheck", "--seconds", "0.5"]) == 1
+    assert "memcheck mul_sin: stopped" in capsys.readouterr().out
 
 
 def test_without_a_gpu_the_sanitizer_says_so() -> None:

@@ -59,7 +59,7 @@ def fuse(model: nn.Module, *, rules: Sequence[Rule | str] | None = None, outputs
         A table of `Row`s, one for each place: what is there now, or why it was left.
 
     Raises:
-        TypeError: `model` is not a module.
+        TypeError: `model` is not a module, or `outputs` no pattern, patterns or callable.
         KeyError: there is no rule of a name, or no module of a pattern in `outputs`; the message lists them.
         RuntimeError: its points are asked for, in a `with ro.retain(model, ...)` or in a step of `ro.watch`.
 
