@@ -3,7 +3,7 @@
 x, of shape (batch, channels, ...), is walked in tiles as it lies in memory. What is summed over a group is first summed
 over all but batch and channel: a share for each tile and channel. A program for each group adds its shares up, and
 leaves the result at each of the group's channels. So no kernel but that one knows of groups, and w, b, mean and the
-others are operands of shape (batch or 1, channels, 1, ...).
+others are operands of shape (batch or 1, channels, 1, ...). Groups that registers hold: kernels/group_norm_tiles.py.
 """
 
 import triton
@@ -60,11 +60,17 @@ def group_norm_fwd_kernel(
     """One tile of y."""
     at = tile(SHAPE, BLOCK_M, BLOCK_N)
     y, _rstd = normalised(X, MEAN, VAR, EPS, at, SHAPE, DTYPE, BLOCK_M, BLOCK_N)
+    store(Y, affine(y, W, B, at, SHAPE, DTYPE, BLOCK_M, BLOCK_N), at, SHAPE, BLOCK_M, BLOCK_N)
+
+
+@triton.jit
+def affine(xhat, W, B, at, SHAPE, DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """xhat * w + b, of what there is of the two."""
     if W.ptr is not None:
-        y *= load(W, at, SHAPE, DTYPE, BLOCK_M, BLOCK_N)
+        xhat *= load(W, at, SHAPE, DTYPE, BLOCK_M, BLOCK_N)
     if B.ptr is not None:
-        y += load(B, at, SHAPE, DTYPE, BLOCK_M, BLOCK_N)
-    store(Y, y, at, SHAPE, BLOCK_M, BLOCK_N)
+        xhat += load(B, at, SHAPE, DTYPE, BLOCK_M, BLOCK_N)
+    return xhat
 
 
 @triton.jit

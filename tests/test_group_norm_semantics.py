@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import retainops as ro
+from retainops.ops import _group_norm_tiles
 from retainops.ops.group_norm import GROUP_NORM, group_norm
 from retainops.points import unretained
 from tests.conftest import Path
@@ -17,24 +18,29 @@ from tests.group_norm_cases import CHANNELS_LAST, drawn, inputs_of
 from tests.oracle import all_points, assert_near, clones, eager, leaves, random_like
 
 
-def image(path: Path, dtype: torch.dtype = torch.float32) -> list[Any]:
+def image(path: Path, dtype: torch.dtype = torch.float32, memory_format: Any = CHANNELS_LAST) -> list[Any]:
     x = drawn(2, 6, 20, 10, dtype=dtype, device=path.device).detach()
-    return inputs_of(x.contiguous(memory_format=CHANNELS_LAST), 3)
+    return inputs_of(x.contiguous(memory_format=memory_format), 3)
 
 
-def test_retention_changes_no_bit_and_two_runs_are_equal(kernels: Path) -> None:
+by_shares_and_by_tiles = pytest.mark.parametrize("memory_format", [CHANNELS_LAST, torch.contiguous_format], ids=str)
+
+
+@by_shares_and_by_tiles
+def test_retention_changes_no_bit_and_two_runs_are_equal(memory_format: Any, kernels: Path) -> None:
     runs = []
     stats = (ro.Retained(xhat=ro.Stats("l2", "act_grad", over=over, grad=True)) for over in ("tensor", "channels"))
     for kept in (None, None, ro.Retained("xhat"), *stats):
-        ours = image(kernels, torch.bfloat16)
+        ours = image(kernels, torch.bfloat16, memory_format)
         y = group_norm(*ours, retain=kept)
         runs.append([y, *torch.autograd.grad(y, leaves(ours), random_like(y))])
     for run in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
 
 
-def test_backward_again_and_nothing_written_over(path: Path) -> None:
-    ours, kept, seen = image(path), all_points(GROUP_NORM), []
+@by_shares_and_by_tiles
+def test_backward_again_and_nothing_written_over(memory_format: Any, path: Path) -> None:
+    ours, kept, seen = image(path, memory_format=memory_format), all_points(GROUP_NORM), []
     before = [(t.detach().clone(), t._version) for t in leaves(ours)]
     y = group_norm(*ours, retain=kept)
     y.register_hook(seen.append)
@@ -50,9 +56,10 @@ def test_backward_again_and_nothing_written_over(path: Path) -> None:
         y.sum().backward()
 
 
-def test_gradients_that_nobody_needs(kernels: Path) -> None:
+@by_shares_and_by_tiles
+def test_gradients_that_nobody_needs(memory_format: Any, kernels: Path) -> None:
     for wanted in range(3):
-        ours = image(kernels)
+        ours = image(kernels, memory_format=memory_format)
         theirs, kept = clones(ours), ro.Retained(xhat=ro.Stats("l2"))
         for given in (ours, theirs):
             for i, t in enumerate(leaves(given)):
@@ -65,8 +72,10 @@ def test_gradients_that_nobody_needs(kernels: Path) -> None:
         assert (kept.xhat.l2 is None) == bool(wanted)  # of x alone has xhat a gradient
 
 
-def test_first_and_second_derivatives_in_float64(kernels: Path) -> None:
+def test_first_and_second_derivatives_in_float64(kernels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ours = inputs_of(drawn(1, 4, 2, dtype=torch.float64, device=kernels.device), 2)
+    assert torch.autograd.gradcheck(group_norm, ours, check_batched_grad=True)
+    monkeypatch.setattr(_group_norm_tiles, "SMALLEST", 1)
     assert torch.autograd.gradcheck(group_norm, ours, check_batched_grad=True)
     assert torch.autograd.gradgradcheck(group_norm, ours)
 
@@ -104,24 +113,26 @@ def test_compiled_with_retention() -> None:
         assert_near(a.grad, b.grad, 8)
 
 
+@by_shares_and_by_tiles
 @pytest.mark.parametrize("over", ["tensor", "rows", "channels"])
-def test_statistics_are_those_of_the_gradient(over: str, kernels: Path) -> None:
+def test_statistics_are_those_of_the_gradient(over: str, memory_format: Any, kernels: Path) -> None:
     names = ("l2", "sum", "abs_sum", "amax", "mean", "nonfinite", "act_grad")
     want, found = (ro.Retained(xhat=ro.Stats(*names, over=over)) for _ in "ab")
     for kept, backend in ((want, "reference"), (found, "triton")):
         with ro.backend(backend):
-            y = group_norm(*image(kernels), retain=kept)
+            y = group_norm(*image(kernels, memory_format=memory_format), retain=kept)
         y.backward(random_like(y))
     for name in names:
         torch.testing.assert_close(getattr(found.xhat, name), getattr(want.xhat, name), rtol=1e-4, atol=1e-3)
 
 
+@by_shares_and_by_tiles
 @pytest.mark.parametrize("accumulate", [False, True])
-def test_into_a_buffer(accumulate: bool, kernels: Path) -> None:
+def test_into_a_buffer(accumulate: bool, memory_format: Any, kernels: Path) -> None:
     buffer = torch.ones(2, 6, 20, 10, device=kernels.device)
     into, kept = ro.Retained(xhat=ro.Into(buffer, accumulate=accumulate)), ro.Retained("xhat")
     for retain in (into, kept):
-        y = group_norm(*image(kernels), retain=retain)
+        y = group_norm(*image(kernels, memory_format=memory_format), retain=retain)
         y.backward(random_like(y))
     torch.testing.assert_close(buffer, kept.xhat.grad + accumulate)
 

@@ -1,8 +1,7 @@
-"""How group norm runs on its kernels, and what it takes."""
+"""How group norm runs on its kernels. Groups that are one tile each: _group_norm_tiles.py."""
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +16,8 @@ from retainops.slots import Slot
 if HAS_TRITON:
     from retainops.kernels import group_norm as kernels
     from retainops.kernels.tiles import Operand
+    from retainops.ops import _group_norm_tiles as tiles
+    from retainops.ops._group_norm_tiles import Given
     from retainops.ops._launch import launch, launch_as_it_is
     from retainops.ops._operands import Grad, Kept
     from retainops.ops._walk import Walk, merge, own_strides, power_of_2, shares, strides_in
@@ -27,7 +28,10 @@ BLOCK = 1024
 
 
 class GroupNorm:
-    """Group norm on its kernels: x is read once for the sums and once more for what depends on them, each way."""
+    """Group norm on its kernels: x is read once for the sums and once more for what depends on them, each way.
+
+    But for groups that registers hold: once.
+    """
 
     def keeps(self, inputs: Sequence[Any], outputs: Sequence[Tensor | None], values: bool) -> Sequence[Any]:
         x, groups, weight, bias, eps = inputs
@@ -36,9 +40,12 @@ class GroupNorm:
     def forward(self, inputs: Sequence[Any], layout: Plan) -> tuple[Tensor, ...]:
         x, groups, weight, bias, eps = inputs
         held, y = layout.points["xhat"][1], layout.empty()
+        mean, variance = (_of_channels(x, held) for _ in range(2))
+        if tiles.fits(x, int(groups), held, tiles.FORWARD, y):
+            tiles.forward(x, int(groups), weight, bias, float(eps), y, mean, variance)
+            return y, mean, variance
         moments = [PerChannel(x) for _ in range(3)]
         launch(kernels.group_norm_moments_kernel, x.shape, held, x, *moments, walked=_walked)
-        mean, variance = (_of_channels(x, held) for _ in range(2))
         _each_group(kernels.group_norm_gather_kernel, x, int(groups), *moments, mean, variance, sizes=())
         given = x, mean, variance, _along(weight, x), _along(bias, x), float(eps)
         launch(kernels.group_norm_fwd_kernel, x.shape, held, *given, y, walked=_walked)
@@ -55,28 +62,56 @@ class GroupNorm:
     ) -> list[Tensor | None]:
         x, groups, weight, bias, eps, mean, variance = inputs
         needs_x, _, needs_weight, needs_bias, *_ = needed
-        kept = {name: Kept(op.name, slots[name], leaf) for name, leaf in leaves.items()}
+        point = op.points[0].name
+        kept = Kept(op.name, slots[point], leaves[point]) if point in leaves else None
         dx = Grad(x, x.shape, needs_x)
-        dw, db = PerChannel(x, needs_x or needs_weight), PerChannel(x, needs_x or needs_bias)
-        given, held = (x, mean, variance), mean.dtype
-        if any(needed):
-            summed = *given, float(eps), dys[0], dw, db
-            launch(kernels.group_norm_sums_kernel, x.shape, held, *summed, walked=_walked)
-        if needs_x or kept:
-            means = self.projections(x, int(groups), weight, dw, db, held) if needs_x else (None, None)
-            operands = *given, _along(weight, x), *means, float(eps), dys[0], dx, kept.get("xhat")
-            # Which sums are fused depends on what else is asked for, and with it the last bit.
-            bwd = kernels.group_norm_bwd_kernel
-            launch(bwd, x.shape, held, *operands, walked=_walked, enable_fp_fusion=False)
-        points = (kept[p.name].finish() if p.name in kept else None for p in op.points)
-        dweight, dbias = dw.sum_like(weight, needs_weight), db.sum_like(bias, needs_bias)
-        return [dx.finish(), None, dweight, dbias, None, *points]
+        given = Given(x, int(groups), weight, mean, variance, float(eps), dys[0])
+        fits = tiles.fits(x, int(groups), mean.dtype, tiles.BACKWARD, dx.tensor, dys[0])
+        dw, db = (self.by_tiles if fits else self.by_shares)(given, dx, needed, kept)
+        dweight, dbias = _sum_like(weight, dw, needs_weight), _sum_like(bias, db, needs_bias)
+        return [dx.finish(), None, dweight, dbias, None, kept.finish() if kept is not None else None]
 
-    def projections(
-        self, x: Tensor, groups: int, weight: Tensor | None, dw: PerChannel, db: PerChannel, held: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
+    def by_tiles(
+        self, given: Given, dx: Grad, needed: Sequence[bool], kept: Kept | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Backward in one kernel, but for points that lie otherwise: dw and db of each batch and channel, if needed."""
+        dw, db = (_of_channels(given.x, given.mean.dtype) if needs else None for needs in needed[2:4])
+        here = kept if kept is not None and tiles.takes(given.x, kept) else None
+        if any(needed) or here is not None:
+            tiles.backward(given, (dx.tensor, dw, db), here)
+        if kept is not None and here is None:
+            self.launch_backward(given, (None, None), None, kept)
+        return dw, db
+
+    def by_shares(
+        self, given: Given, dx: Grad, needed: Sequence[bool], kept: Kept | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Backward in three: shares of dw and db, if needed."""
+        x, _, _, mean, variance, eps, dy = given
+        needs_x, _, needs_weight, needs_bias, *_ = needed
+        dw, db = PerChannel(x, needs_x or needs_weight), PerChannel(x, needs_x or needs_bias)
+        if any(needed):
+            operands = x, mean, variance, eps, dy, dw, db
+            launch(kernels.group_norm_sums_kernel, x.shape, mean.dtype, *operands, walked=_walked)
+        if needs_x or kept is not None:
+            means = self.projections(given, dw, db) if needs_x else (None, None)
+            self.launch_backward(given, means, dx, kept)
+        return dw.partial, db.partial
+
+    def launch_backward(
+        self, given: Given, means: tuple[Tensor | None, Tensor | None], dx: Grad | None, kept: Kept | None
+    ) -> None:
+        """dx, and what is asked of the point."""
+        x, _, weight, mean, variance, eps, dy = given
+        operands = x, mean, variance, _along(weight, x), *means, eps, dy, dx, kept
+        # Which sums are fused depends on what else is asked for, and with it the last bit.
+        bwd = kernels.group_norm_bwd_kernel
+        launch(bwd, x.shape, mean.dtype, *operands, walked=_walked, enable_fp_fusion=False)
+
+    def projections(self, given: Given, dw: PerChannel, db: PerChannel) -> tuple[Tensor, Tensor]:
         """The means over each group of the gradient of xhat, along xhat and along the ones; at each channel."""
-        along, level = (_of_channels(x, held) for _ in range(2))
+        x, groups, weight, mean, *_ = given
+        along, level = (_of_channels(x, mean.dtype) for _ in range(2))
         size = x[0, 0].numel() * (x.shape[1] // groups) if x.numel() else 0
         sizes = size, groups, 0 if weight is None else weight.stride(0)
         _each_group(kernels.group_norm_project_kernel, x, groups, dw, db, weight, along, level, sizes=sizes)
@@ -109,13 +144,14 @@ class PerChannel:
         self.partial = torch.empty((rows, size), dtype=held, device=self.x.device)
         return Operand(self.partial, strides, tiles)
 
-    def sum_like(self, weight: Tensor | Unread | None, needed: bool) -> Tensor | None:
-        """The gradient of a weight for each channel: the sum over the batch, too."""
-        if weight is None or not needed:
-            return None
-        if self.partial is None:  # nothing was launched: a sum of no elements
-            return torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device)
-        return self.partial.view(-1, weight.shape[0]).sum(0).to(weight.dtype)
+
+def _sum_like(weight: Tensor | Unread | None, shares: Tensor | None, needed: bool) -> Tensor | None:
+    """The gradient of a weight for each channel: the sum over the batch, too."""
+    if weight is None or not needed:
+        return None
+    if shares is None:  # nothing was launched: a sum of no elements
+        return torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device)
+    return shares.view(-1, weight.shape[0]).sum(0).to(weight.dtype)
 
 
 def _small(x: Tensor) -> torch.Size:
@@ -163,48 +199,3 @@ def _walked(
         programs *= size
     warps = min(max(block_m * block_n // 512, 1), 8)
     return Walk(sizes, dims, (block_m, block_n), warps, (programs,))
-
-
-def check_group_norm(x: Any, num_groups: Any, weight: Any, bias: Any, eps: Any) -> None:
-    """Inputs of group norm.
-
-    Raises:
-        TypeError: an argument of a wrong type or dtype.
-        ValueError: eps is not above 0.
-        RuntimeError: x has no channels, num_groups does not divide them, or a weight does not go with them.
-    """
-    if torch.compiler.is_compiling():
-        return
-    tensors = {"x": x, **{name: t for name, t in (("weight", weight), ("bias", bias)) if t is not None}}
-    for name, t in tensors.items():
-        if hasattr(type(t), "__torch_function__") and not isinstance(t, Tensor):
-            return  # a stand-in for a tensor, such as torch.fx's proxies: PyTorch's own operations know what to say
-        if not isinstance(t, Tensor):
-            raise TypeError(f"group_norm: {name} is {type(t).__name__}; expected a torch.Tensor")
-    if not isinstance(num_groups, numbers.Integral) or isinstance(num_groups, bool):
-        raise TypeError(f"group_norm: num_groups is {type(num_groups).__name__}; expected an integer, such as 32")
-    if not isinstance(eps, numbers.Real):
-        raise TypeError(f"group_norm: eps is {type(eps).__name__}; expected a number, such as 1e-5")
-    if not float(eps) > 0:
-        raise ValueError(f"group_norm: eps is {eps}; expected a number above 0, such as 1e-5")
-    if not (x.is_floating_point() or x.is_complex()):
-        raise TypeError(
-            f"group_norm: x is {x.dtype}; expected a floating-point dtype: convert it with .to(torch.float32)"
-        )
-    if x.dim() < 2 or not x.shape[1]:
-        raise RuntimeError(f"group_norm: x has shape {tuple(x.shape)}; expected (batch, channels, ...)")
-    if num_groups < 1 or x.shape[1] % num_groups:
-        raise RuntimeError(
-            f"group_norm: num_groups is {num_groups}, and x of shape {tuple(x.shape)} has {x.shape[1]} channels; "
-            "expected a number that divides them"
-        )
-    for name, t in tensors.items():
-        if name != "x" and t.shape != x.shape[1:2]:
-            raise RuntimeError(
-                f"group_norm: {name} has shape {tuple(t.shape)}; expected {tuple(x.shape[1:2])}, one for each channel "
-                f"of x of shape {tuple(x.shape)}"
-            )
-        if t.device != x.device:
-            raise RuntimeError(
-                f"group_norm: {name} is on {t.device} and x on {x.device}; move one of them with .to(device)"
-            )

@@ -194,6 +194,14 @@ class Kept:
             # Rows keep their dims where they are: the small shape must broadcast to the shape.
             self.summed = [torch.Size((*self.small, 1)) if self.stats.over == "rows" else self.small]
 
+    def unflatten(self, dim: int, sizes: tuple[int, int]) -> None:
+        """Be walked over with one dim as two."""
+        tensor, small = self.tensor, self.summed
+        self.tensor = None if tensor is None else tensor.unflatten(dim, sizes)
+        self.broadcast = torch.Size((*self.shape[:dim], *sizes, *self.shape[dim + 1 :]))
+        if self.stats is not None and self.stats.over == "rows":
+            self.summed = [torch.Size((*s[:dim], *sizes, *s[dim + 1 :])) for s in small]
+
     def key(self) -> Hashable:
         """All that its place depends on."""
         stats = self.stats and (self.stats.parts, self.stats.over)

@@ -10,7 +10,8 @@ import torch
 from retainops.dispatch import run
 from retainops.ops import _fused
 from retainops.ops._check import refuses_dtypes
-from retainops.ops._group_norm import GroupNorm, check_group_norm
+from retainops.ops._check_group_norm import check_group_norm
+from retainops.ops._group_norm import GroupNorm
 from retainops.registry import Point, PointInfo
 from retainops.retained import Retained
 
