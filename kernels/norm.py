@@ -14,10 +14,11 @@ from retainops.kernels.points import retain
 from retainops.kernels.rows import (
     AGAIN,
     ONCE,
-    add_to_moments,
+    add_to_lanes,
     load_for_rows,
     load_inside,
     moments,
+    moments_of_lanes,
     row_tile,
     row_tiles,
     store_share_of_rows,
@@ -64,13 +65,15 @@ def norm_fwd_kernel(
         b = load_for_rows(B, 0.0, at, SHAPE, DTYPE, BLOCK_M, BLOCK_N)
         store_normed(S, Y, W, B, x, xhat, w, b, at, SHAPE, BLOCK_M, BLOCK_N)
     else:
-        mean = tl.zeros((BLOCK_M, 1), DTYPE)
-        square = tl.zeros((BLOCK_M, 1), DTYPE)
+        mean = tl.zeros((BLOCK_M, BLOCK_N), DTYPE)
+        square = tl.zeros((BLOCK_M, BLOCK_N), DTYPE)
         for n in tl.range(0, SHAPE[-1], BLOCK_N, num_stages=STAGES):
             at = straight_tile(i, n, SHAPE, BLOCK_M, BLOCK_N, WHOLE)
             x = summed(X, R, S, at, SHAPE, DTYPE, BLOCK_M, BLOCK_N, AGAIN)
-            m, s, _away = moments(x, at, SHAPE, MEAN.ptr is not None, WHOLE, BLOCK_M, BLOCK_N)
-            mean, square = add_to_moments(mean, square, n, m, s, tl.minimum(SHAPE[-1] - n, BLOCK_N))
+            mean, square = add_to_lanes(
+                mean, square, x, n // BLOCK_N, at, SHAPE, MEAN.ptr is not None, WHOLE, BLOCK_M, BLOCK_N
+            )
+        mean, square = moments_of_lanes(mean, square, SHAPE, MEAN.ptr is not None, BLOCK_N)
         at = straight_tile(i, 0, SHAPE, BLOCK_M, BLOCK_N, WHOLE)
         rstd = stored(MEAN, RSTD, mean, square, eps, at, SHAPE, BLOCK_M)
         # Backwards: what was read last is the likeliest to be in the cache still.

@@ -139,11 +139,53 @@ def centred(x, mean, at, SHAPE, WHOLE: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def add_to_moments(mean, square, count, m, s, more):
-    """The moments of `count` elements and of `more` others together. Chan, Golub and LeVeque 1979."""
-    part = more.to(mean.dtype) / (count + more).to(mean.dtype)
-    away = m - mean
-    return mean + away * part, square + s + away * (part * count) * away  # in this order: 0 of none, not 0 * inf
+def add_to_lanes(
+    mean,
+    square,
+    x,
+    i,
+    at,
+    SHAPE,
+    CENTRED: tl.constexpr,
+    WHOLE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """The moments of each lane's own elements, with chunk number i of a row, x. Welford 1962.
+
+    No lane waits for another one before the row is over.
+    """
+    if CENTRED:
+        away = x - mean
+        one = tl.full((1, 1), 1.0, x.dtype)
+        more = mean + away * divide(one, one * (i + 1))
+        away *= x - more
+        if WHOLE:
+            return more, square + away
+        else:
+            inside = columns_inside(at, SHAPE, BLOCK_N)
+            return tl.where(inside, more, mean), square + tl.where(inside, away, 0.0)
+    else:
+        return mean, square + x * x  # x is 0 outside SHAPE
+
+
+@triton.jit
+def moments_of_lanes(mean, square, SHAPE, CENTRED: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The mean of each row (0 if not CENTRED) and the sum of squares around it, from those of its lanes.
+
+    Means are taken from one of them: so the mean of equal values is exact. Chan, Golub and LeVeque 1979.
+    """
+    if CENTRED:
+        columns = tl.arange(0, BLOCK_N)[None, :]
+        count = (SHAPE[-1] // BLOCK_N + (columns < SHAPE[-1] % BLOCK_N).to(tl.int32)).to(mean.dtype)
+        one = tl.sum(tl.where(columns == 0, mean, 0.0), axis=1, keep_dims=True)
+        away = mean - one
+        level = tl.sum(count * away, axis=1, keep_dims=True)
+        level = divide(level, tl.zeros_like(level) + SHAPE[-1])
+        away -= level
+        return one + level, tl.sum(square + count * (away * away), axis=1, keep_dims=True)
+    else:
+        return tl.zeros((square.shape[0], 1), square.dtype), tl.sum(square, axis=1, keep_dims=True)
 
 
 @triton.jit

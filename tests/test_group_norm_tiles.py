@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
 import retainops as ro
 from retainops.ops.group_norm import group_norm
-from retainops.testing import static_report
+from retainops.testing import simulated_gpu, static_report
 from tests.conftest import Path
 from tests.group_norm_cases import CHANNELS_LAST, compare, drawn, inputs_of
 from tests.norm_cases import launched
@@ -111,6 +112,30 @@ def test_points_that_lie_otherwise_take_a_launch_of_their_own() -> None:
         assert kernels_of(x, 4, kept=kept) == (*TILES, *TILES_BACK, *(("bwd",) if apart else ()))
 
 
+@pytest.mark.parametrize("over", ["rows", "channels"])
+def test_statistics_of_sequences(over: Any, kernels: Path) -> None:
+    """Whose rows are walked with the gradients."""
+    want, found = (ro.Retained(xhat=ro.Stats("l2", "amax", "act_grad", over=over)) for _ in "ab")
+    for kept, backend in ((want, "reference"), (found, "triton")):
+        with ro.backend(backend):
+            y = group_norm(*inputs_of(drawn(2, 6, 100, device=kernels.device), 2), retain=kept)
+        y.backward(random_like(y))
+    for name in ("l2", "amax", "act_grad"):
+        torch.testing.assert_close(getattr(found.xhat, name), getattr(want.xhat, name), rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_asked_for_changes_no_bit_of_the_compiled_codes_results() -> None:
+    """As of norms over rows, in tests/test_norm_machine_code.py."""
+    runs = []
+    with simulated_gpu(engine="ptx"):
+        for kept in (None, ro.Retained("xhat"), ro.Retained(xhat=ro.Stats("l2", "amax", "act_grad", grad=True))):
+            x, *others = inputs_of(drawn(2, 6, 100), 2)
+            y = group_norm(x, *others, retain=kept)
+            runs.append([y, *torch.autograd.grad(y, [x, *others[1:3]], random_like(y))])
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_machine_code(dtype: torch.dtype) -> None:
     """Each tensor is read once, 128 bits at a time, nothing spills, and a point is one store more."""
@@ -134,17 +159,21 @@ def test_machine_code(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "dtype"),
-    [((40, 16, 16), torch.bfloat16), ((20, 16, 16), torch.float32), ((64, 7, 7), torch.bfloat16)],
+    ("shape", "dtype", "target"),
+    [
+        ((80, 16, 16), torch.bfloat16, "sm_90"),
+        ((40, 16, 16), torch.float32, "sm_90"),
+        ((128, 7, 7), torch.bfloat16, "sm_120"),
+    ],
     ids=str,
 )
-def test_the_largest_tiles_do_not_spill(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_the_largest_tiles_do_not_spill(shape: tuple[int, ...], dtype: torch.dtype, target: str) -> None:
     """Of channels and positions that are no powers of two, where masks take registers, with most asked for."""
-    x, _, w, b, _ = inputs_of(torch.empty(2, *shape, dtype=dtype), 1)
+    x, _, w, b, _ = inputs_of(torch.empty(2, *shape, dtype=dtype), 2)
 
     def call() -> None:
-        y = group_norm(x, 1, w, b, retain=ro.Retained(xhat=ro.Stats("l2", "amax", "act_grad", grad=True)))
+        y = group_norm(x, 2, w, b, retain=ro.Retained(xhat=ro.Stats("l2", "amax", "act_grad", grad=True)))
         torch.autograd.grad(y, (x, w, b), torch.empty_like(y))
 
-    for report in static_report(call):
+    for report in static_report(call, target):
         assert report.spill_stores == report.spill_loads == 0, str(report)

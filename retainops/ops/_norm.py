@@ -26,10 +26,11 @@ if HAS_TRITON:
     FORWARD = Tiling(widest=8192, elements=2048, chunk=16384, a_thread=32)
     FORWARD_OF_WIDE = Tiling(widest=16384, elements=16384, chunk=16384, a_thread=64)
     FORWARD_OF_WIDER = Tiling(widest=32768, elements=32768, chunk=16384, a_thread=32)  # in 32 warps, of 64 registers
-    FORWARD_IN_CHUNKS = Tiling(widest=0, elements=16384, chunk=16384, a_thread=32)
-    FORWARD_IN_SHORT_CHUNKS = Tiling(widest=0, elements=8192, chunk=8192, a_thread=16)
+    FORWARD_IN_CHUNKS = Tiling(widest=0, elements=8192, chunk=8192, a_thread=16)
+    FORWARD_IN_CHUNKS_ALONE = FORWARD_IN_CHUNKS._replace(a_thread=8)  # in 32 warps: a program has a multiprocessor
     FORWARD_IN_EIGHTS = Tiling(widest=1024, elements=1024, chunk=1024, a_thread=8)
     FORWARD_UNALIGNED = Tiling(widest=8192, elements=2048, chunk=4096, a_thread=32)
+    FORWARD_UNALIGNED_IN_CHUNKS = Tiling(widest=0, elements=4096, chunk=4096)
     BACKWARD = Tiling(widest=4096, elements=4096, chunk=2048)
     BACKWARD_IN_4_WARPS = BACKWARD._replace(a_thread=32)
     BACKWARD_OF_WIDE = Tiling(widest=8192, elements=8192, chunk=2048, a_thread=32)
@@ -37,19 +38,22 @@ if HAS_TRITON:
     PROJECTIONS = Tiling(widest=0, elements=4096, chunk=4096)
 
 Tensor = torch.Tensor
+ROW_OF_TWO = 128 * 1024
+"""Bytes of a row that is read twice, up to which a multiprocessor works on two: the L2 holds so many of all of them."""
 
 
 def forward_tiling(n: int, x: torch.dtype, held: torch.dtype, centred: bool, residual: bool) -> Tiling:
-    """How forward cuts rows of n: as was fastest on an H200 (docs/performance.md)."""
+    """How forward cuts rows of n: as was fastest on an H200, but for chunks (docs/performance.md)."""
     if n % ALIGNED:
-        return FORWARD_UNALIGNED.held_in(held)
+        whole = FORWARD_UNALIGNED.held_in(held)
+        return whole if n <= whole.widest else FORWARD_UNALIGNED_IN_CHUNKS.held_in(held)
     if 512 < n <= 1024 and x == torch.float32 and centred and not residual:
         return FORWARD_IN_EIGHTS
     simple = not (centred or residual) and held == torch.float32  # x and a weight are all that it has in hand
-    whole = (FORWARD, FORWARD_OF_WIDE, *([FORWARD_OF_WIDER] if simple else []))
-    fitting = (tiling.held_in(held) for tiling in whole if n <= tiling.held_in(held).widest)
-    short = residual or (centred and x.itemsize == 2)
-    return next(fitting, (FORWARD_IN_SHORT_CHUNKS if short else FORWARD_IN_CHUNKS).held_in(held))
+    fitting = (FORWARD, FORWARD_OF_WIDE, *([FORWARD_OF_WIDER] if simple else []))
+    alone = n * x.itemsize * (1 + residual) > ROW_OF_TWO
+    chunks = FORWARD_IN_CHUNKS_ALONE if alone else FORWARD_IN_CHUNKS
+    return next((t for tiling in fitting if n <= (t := tiling.held_in(held)).widest), chunks.held_in(held))
 
 
 def backward_tiling(n: int, x: torch.dtype, held: torch.dtype, centred: bool) -> Tiling:

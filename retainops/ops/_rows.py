@@ -54,7 +54,7 @@ def row_walk(
     for _, size in merged[:-1]:
         tiles *= size
     tile = block_m * block_n
-    warps = min(max(tile // (32 * a_thread), 1), max(8, tile // 512), 32)
+    warps = min(max(tile // (32 * a_thread), 1), max(8, tile // 256), 32)
     sizes, dims = tuple(size for _, size in groups), tuple(d for d, _ in groups)
     return Walk(sizes, dims, (block_m, block_n), 1 << (warps - 1).bit_length(), (tiles * -(-n // block_n),))
 
