@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -9,8 +10,9 @@ import torch
 from torch.fx import Node
 
 from retainops.elementwise import cache
-from retainops.elementwise.codegen import Generated
+from retainops.elementwise.codegen import Generated, generate
 from retainops.elementwise.comparisons import comparisons, refuses_bounds, refuses_comparisons, shared_bounds
+from retainops.elementwise.hoist import rest
 from retainops.elementwise.reference import reference_of
 from retainops.elementwise.trace import Traced, sources
 from retainops.ops import _fused
@@ -63,10 +65,31 @@ def record(call: Callable[..., torch.Tensor], traced: Traced, generated: Generat
     on_kernels = OnKernels(traced, generated)
     compared, bounds = comparisons(traced), shared_bounds(traced)
 
+    @functools.cache
+    def without(*numbered: bool) -> tuple[Op, Callable[..., tuple[Any, ...]]] | None:
+        found = rest(traced, numbered)
+        return found and (record(call, found.traced, generate(found.traced)), found.arguments)
+
+    def hoisted(inputs: Sequence[Any]) -> tuple[Op, tuple[Any, ...]] | None:
+        found = without(*(not isinstance(x, torch.Tensor) for x in inputs))
+        return found and (found[0], found[1](inputs))
+
     def launch(inputs: tuple[Any, ...], slots: Mapping[str, Slot]) -> Any:
+        if found := hoisted(inputs):
+            return found[0].launch(found[1], slots)
         # What has no gradient must not make the output require one.
         own = (x.detach() if _is_idle(x, i, generated) else x for i, x in enumerate(inputs))
         return _fused.launch(op, on_kernels, tuple(own), slots)
+
+    def refuses(*given: Any) -> str | None:
+        inputs = _completed(traced, given)
+        if found := hoisted(inputs):
+            return found[0].refuses(*found[1])
+        return (
+            _refuses(traced, generated, reference, inputs)
+            or refuses_comparisons(compared, inputs)
+            or refuses_bounds(bounds, inputs)
+        )
 
     def traffic(*inputs: Any) -> tuple[int, int, int]:
         layout = plan(reference, inputs)
@@ -86,15 +109,21 @@ def record(call: Callable[..., torch.Tensor], traced: Traced, generated: Generat
         ),
         reference=reference,
         launch=launch,
-        refuses=lambda *inputs: (
-            _refuses(traced, generated, reference, inputs)
-            or refuses_comparisons(compared, inputs)
-            or refuses_bounds(bounds, inputs)
-        ),
+        refuses=refuses,
         sample=lambda *where: tuple(_sample(traced, i, *where) for i in range(len(traced.parameters))),
         traffic=traffic,
     )
     return op
+
+
+def _completed(traced: Traced, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Inputs with the defaults of those that `ro.explain` was not given."""
+    left = traced.parameters[len(inputs) :]
+    missing = [p.name for p in left if p.default is p.empty]
+    if missing or len(inputs) > len(traced.parameters):
+        names = ", ".join(p.name for p in traced.parameters)
+        raise TypeError(f"{traced.name}: {len(inputs)} inputs were given; expected {names}, or those without a default")
+    return (*inputs, *(p.default for p in left))
 
 
 def _is_idle(x: Any, place: int, generated: Generated) -> bool:
