@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import os
 import sys
 import types
@@ -28,29 +29,54 @@ class Tracer(GraphAppendingTracer):
     def __init__(self, graph: fx.Graph, name: str) -> None:
         super().__init__(graph)
         self.name = name
+        self._autocasts = _autocasts()
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return Value(node, self)
 
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **options: Any) -> fx.Proxy:
+        if kind != "placeholder" and row_of(kind, target) is None:
+            _ = [a.node for a in args if isinstance(a, fx.Proxy)]  # an attribute among them is what is refused
+            what = _spelled(kind, target, args)
+            in_place = what.endswith("_") and not what.endswith("__")
+            self.refuse(f"{what}{', an in-place operation,' if in_place else ''}")
+        return super().create_proxy(kind, target, args, kwargs, *rest, **options)
+
     def create_arg(self, a: Any) -> Any:
-        if isinstance(a, torch.Tensor):
+        if isinstance(a, torch.Tensor) or (isinstance(a, fx.Proxy) and a.tracer is not self):
             self.refuse("a tensor that is not a parameter", "make it a parameter")
-        return super().create_arg(a)
+        if isinstance(a, numbers.Real):  # numpy's among them
+            return a if isinstance(a, (int, float)) else int(a) if isinstance(a, numbers.Integral) else float(a)
+        try:
+            return super().create_arg(a)
+        except NotImplementedError:
+            if isinstance(a, (tuple, list, dict)):  # of what is in one it was said
+                raise
+            of = f"{type(a).__module__}.{type(a).__qualname__}"
+            self.refuse(f"an argument that is {of}", "expected a parameter or a number")
 
     def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any) -> fx.Node:
         if kind == "placeholder":
             return super().create_node(kind, target, args, kwargs, *rest)
         what, row = _spelled(kind, target, args), row_of(kind, target)
-        if row is None:
-            in_place = kind == "call_method" and target.endswith("_") and not target.endswith("__")
-            self.refuse(f"{what}{', an in-place operation,' if in_place else ''}")
+        assert row is not None
         try:
             step = step_of(row, args, kwargs)
         except Refused as e:
             self.refuse(f"this use of {what}", str(e))
+        if any(step.grads):
+            self._check_modes(what)
         node = super().create_node(kind, target, args, kwargs, *rest)
         node.meta.update(step=step, name=row.names[0], what=f"{what} ({_where()})")
         return node
+
+    def _check_modes(self, what: str) -> None:
+        """The graph does not say under what its operations ran."""
+        if not torch.is_grad_enabled():
+            remedy = "what shall have no gradient is c.detach(); a Function has a backward of its own: call it outside"
+            self.refuse(f"{what} under torch.no_grad, or in a torch.autograd.Function,", remedy)
+        if _autocasts() != self._autocasts:
+            self.refuse(f"{what} under torch.autocast", "call the fused function under it")
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         self.refuse("control flow by the value of a tensor (if, while, and, or, not, assert)", "use torch.where")
@@ -105,6 +131,12 @@ def _remedy(what: str) -> str:
     if name in _REDUCING + _PRODUCTS:
         return "an element depends on others there: do it outside the function, and make the result a parameter"
     return f"supported are: {', '.join(row.names[0] for row in ROWS)}"
+
+
+def _autocasts() -> int:
+    """How many autocasts are around this."""
+    torch.autocast_increment_nesting()
+    return torch.autocast_decrement_nesting()
 
 
 def _spelled(kind: str, target: Any, args: tuple[Any, ...]) -> str:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
+from retainops.dispatch import backend
 from retainops.elementwise.standins import Tracer, Value
 from retainops.elementwise.step import Step
 
@@ -147,7 +148,9 @@ def _run(fn: Any, args: list[Any], kwargs: dict[str, Any]) -> tuple[Any, dict[st
     before = sys.gettrace()
     sys.settrace(of_calls)
     try:
-        return fn(*args, **kwargs), local
+        # Of the fused functions that fn calls the stand-ins take the reference, whatever calls of tensors are to take.
+        with torch.enable_grad(), backend("reference"):
+            return fn(*args, **kwargs), local
     finally:
         sys.settrace(before)
 
@@ -165,6 +168,11 @@ def _conditions(name: str, graph: fx.Graph) -> set[fx.Node]:
                     f"{name}: operand {i} of {node.meta['what']} is no condition; expected a comparison, or a boolean "
                     "tensor that is a parameter"
                 )
+        if node.meta["name"] == "sub" and found.intersection(nodes):
+            raise NotImplementedError(
+                f"{name}: {node.meta['what']} has a condition for an operand, as PyTorch has none; use ~condition, or "
+                "1.0 * condition"
+            )
         numbered = any(not isinstance(x, (fx.Node, bool)) for x in s.operands)
         if not (s.gives or s.takes or numbered or set(nodes) - found):
             raise NotImplementedError(f"{name}: {node.meta['what']} is arithmetic on conditions alone; use torch.where")

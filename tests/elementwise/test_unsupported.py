@@ -83,6 +83,25 @@ def operations():
     def conditions(x):
         return x * ((x > 0) + (x < 1))
 
+    def difference(x):
+        return x * (1 - (x > 0))
+
+    def hooked(x):
+        return (x * 2).register_hook(print)
+
+    def array(x):
+        return x * np.ones(3)
+
+    def without_grad(x):
+        with torch.no_grad():
+            m = x * 2
+        return m * x
+
+    def under_autocast(x):
+        with torch.autocast("cpu", enabled=False):
+            m = torch.exp(x)
+        return m * x
+
     return {
         alone: "torch.nn.functional.softmax",
         method: "Tensor.cumsum",
@@ -106,6 +125,11 @@ def operations():
         beta: "only softplus",
         not_a_condition: "is no condition; expected a comparison, or a boolean tensor",
         conditions: "is arithmetic on conditions alone; use torch.where",
+        difference: r"operator.sub \(.*\) has a condition for an operand, as PyTorch has none; use ~condition",
+        hooked: "Tensor.register_hook at ",
+        array: "an argument that is numpy.ndarray at .*; expected a parameter or a number",
+        without_grad: r"operator.mul under torch.no_grad, or .*; what shall have no gradient is c.detach\(\)",
+        under_autocast: "torch.exp under torch.autocast at .*; call the fused function under it",
     }
 
 
@@ -171,7 +195,10 @@ def in_place():
         y.data = x
         return y
 
-    return [augmented, augmented_input, method, relu, element, out, data]
+    def function(x):
+        return torch.sin_(x)
+
+    return [augmented, augmented_input, method, relu, element, out, data, function]
 
 
 @pytest.mark.parametrize(("fn", "says"), operations().items(), ids=lambda x: getattr(x, "__name__", None))
@@ -232,3 +259,37 @@ def test_control_flow_by_a_value(fn) -> None:
 def test_in_place_operations(fn) -> None:
     with pytest.raises(NotImplementedError, match=r"in-place|in place|out= would write|setting the attribute"):
         ro.fuse_pointwise(fn)
+
+
+class Sign(torch.autograd.Function):
+    """With a backward that its operations do not have."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return torch.where(x > 0, 1.0, -1.0)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_a_function_with_a_backward_of_its_own(mode) -> None:
+    with mode():
+        assert "sin(x)" in ro.fuse_pointwise(lambda x: torch.sin(x)).source
+        with pytest.raises(NotImplementedError, match="a Function has a backward of its own: call it outside"):
+            ro.fuse_pointwise(lambda x: x * Sign.apply(x))
+
+
+def test_a_stand_in_of_another_function_is_no_parameter() -> None:
+    with pytest.raises(NotImplementedError, match="a tensor that is not a parameter at .*make it a parameter"):
+        ro.fuse_pointwise(lambda x: ro.fuse_pointwise(lambda y: y * x)(x))
+
+
+def test_conditions_without_grad_are_the_same_ones() -> None:
+    def f(x):
+        with torch.no_grad():
+            positive = x > 0
+        return torch.where(positive, x, 2 * x)
+
+    assert "tl.where(x > 0.0, x, 2.0 * x)" in ro.fuse_pointwise(f).source
