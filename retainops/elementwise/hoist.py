@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from torch import fx
 
-from retainops.elementwise.trace import Traced
+from retainops.elementwise.trace import Traced, differentiable
 
 
 class Rest(NamedTuple):
@@ -80,5 +80,5 @@ def _handed(traced: Traced, numbers: set[fx.Node], handed: list[fx.Node]) -> Tra
             new[node].meta["step"] = step._replace(operands=operands)
     graph.output(new[traced.output])
     names = {name: new[node] for name, node in traced.names.items() if node not in numbers}
-    graded, conditions = (frozenset(new[x] for x in nodes if x in new) for nodes in (traced.graded, traced.conditions))
-    return Traced(traced.name, tuple(parameters), graph, names, graded, conditions)
+    conditions = frozenset(new[x] for x in traced.conditions if x in new)
+    return Traced(traced.name, tuple(parameters), graph, names, differentiable(graph, conditions), conditions)

@@ -10,7 +10,7 @@ import inspect
 import numbers
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -81,7 +81,7 @@ def trace(fn: Callable[..., Any]) -> Traced:
     graph.output(result.node)
     graph.eliminate_dead_code()
     conditions = _conditions(fn.__name__, graph)
-    graded = _graded(graph, conditions)
+    graded = differentiable(graph, conditions)
     _check_output(fn.__name__, result.node, graded, conditions)
     # A code object can be made whose names are no identifiers, and they become part of the kernels' source.
     bound = {name: x.node for name, x in local.items() if isinstance(x, Value) and name.isidentifier()}
@@ -179,9 +179,9 @@ def _conditions(name: str, graph: fx.Graph) -> set[fx.Node]:
     return found
 
 
-def _graded(graph: fx.Graph, conditions: set[fx.Node]) -> frozenset[fx.Node]:
+def differentiable(graph: fx.Graph, conditions: Collection[fx.Node]) -> frozenset[fx.Node]:
     """The nodes that depend on an input differentiably, and on which the output does."""
-    depends = {node for node in graph.nodes if node.op == "placeholder"} - conditions
+    depends = {node for node in graph.nodes if node.op == "placeholder" and node not in conditions}
     for node in graph.nodes:
         if any(x in depends for x, _ in _differentiated(node)):
             depends.add(node)

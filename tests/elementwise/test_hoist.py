@@ -19,6 +19,7 @@ CASES: dict[str, tuple[Callable, tuple[float, ...]]] = {
     "several": (lambda x, s, t: (x * (s + t) - 1 / s) * (s + t) / t, (0.1, 0.7)),
     "a bound": (lambda x, s, t: torch.clamp(x, s - t, s + t), (0.5, 0.1)),
     "compared": (lambda x, s, t: torch.where(x > s + t, x, 2 * x), (0.1, 0.2)),
+    "a number that is compared besides": (lambda x, s, t: torch.where(x > t, x, s * t), (0.5, 0.25)),
     "a condition": (lambda x, s: x * (s > 1) + x * 2, (3.0,)),
 }
 
