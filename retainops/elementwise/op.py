@@ -147,6 +147,8 @@ def _refuses(
             return f"a condition is {getattr(x, 'dtype', type(x).__name__)}, and the kernels take torch.bool"
     if why := refuses_dtypes(*values):
         return why
+    if not any(isinstance(inputs[i], (float, torch.Tensor)) for i in generated.graded):
+        return "the result is made of integers, and the kernels compute in floating point"
     devices = {x.device for x in (*values, *conditions) if isinstance(x, torch.Tensor)}
     if len(devices) > 1:
         return f"the inputs are on {' and '.join(map(str, devices))}"
