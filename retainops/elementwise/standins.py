@@ -29,6 +29,7 @@ class Tracer(GraphAppendingTracer):
     def __init__(self, graph: fx.Graph, name: str) -> None:
         super().__init__(graph)
         self.name = name
+        self.refused: NotImplementedError | None = None
         self._autocasts = _autocasts()
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
@@ -50,7 +51,7 @@ class Tracer(GraphAppendingTracer):
         try:
             return super().create_arg(a)
         except NotImplementedError:
-            if isinstance(a, (tuple, list, dict)):  # of what is in one it was said
+            if isinstance(a, (fx.Proxy, tuple, list, dict)):  # of what is in one it was said
                 raise
             of = f"{type(a).__module__}.{type(a).__qualname__}"
             self.refuse(f"an argument that is {of}", "expected a parameter or a number")
@@ -87,7 +88,9 @@ class Tracer(GraphAppendingTracer):
     def refuse(self, what: str, remedy: str = "") -> NoReturn:
         """Raise: the function does what its kernels cannot."""
         remedy = remedy or _remedy(what)
-        raise NotImplementedError(f"{self.name}: {what} at {_where()} is not supported in a fused function; {remedy}")
+        told = f"{self.name}: {what} at {_where()} is not supported in a fused function; {remedy}"
+        self.refused = NotImplementedError(told)
+        raise self.refused
 
 
 _FUSED = ("softmax", "log_softmax", "layer_norm", "rms_norm", "group_norm", "cross_entropy")
@@ -124,6 +127,8 @@ def _remedy(what: str) -> str:
         return "use torch's functions, torch.sin(x) for numpy.sin(x), and float(c) for a number c of numpy's"
     if what.endswith("(float)"):
         return "of functions of math, use torch's: torch.sin(x) for math.sin(x)"
+    if what.startswith("reading a value"):
+        return "a number that shapes the function, such as a loop's, is a global or a closure, and no parameter"
     if what.startswith("the attribute") or name in _OUTSIDE:
         return "do it outside the function, and pass the result"
     if name in _FUSED:

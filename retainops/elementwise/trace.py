@@ -71,6 +71,8 @@ def trace(fn: Callable[..., Any]) -> Traced:
     by_place = [value for p, value in values.items() if p.kind is not p.KEYWORD_ONLY]
     by_name = {p.name: value for p, value in values.items() if p.kind is p.KEYWORD_ONLY}
     result, local = _run(fn, by_place, by_name)
+    if tracer.refused:  # fn caught it, and in eager PyTorch would have gone another way
+        raise tracer.refused
     if isinstance(result, torch.Tensor):
         raise TypeError(
             f"{fn.__name__} returns a tensor that was not computed from its parameters; a fused function returns one "

@@ -26,6 +26,9 @@ def operations():
     def attribute(x):
         return x * x.shape[0]
 
+    def attribute_alone(x):
+        return x * getattr(x, "scale", 2.0)
+
     def indexed(x):
         return x[0] * 2
 
@@ -106,6 +109,7 @@ def operations():
         alone: "torch.nn.functional.softmax",
         method: "Tensor.cumsum",
         attribute: "the attribute Tensor.shape",
+        attribute_alone: "the attribute Tensor.scale",
         indexed: "operator.getitem",
         matmul: "operator.matmul",
         floor: "operator.floordiv",
@@ -227,9 +231,10 @@ def test_the_error_lists_what_is_supported() -> None:
         (lambda x: x / x.shape[-1], "do it outside the function, and pass the result"),
         (lambda x: F.dropout(x * 2), "do it outside the function, and pass the result"),
         (lambda x: F.leaky_relu(x), r"write it as torch.where\(x > 0, x, 0.01 \* x\)"),
+        (lambda x, n: sum([x * i for i in range(n)]), "is a global or a closure, and no parameter"),
         (lambda x: x.mul_(2), r"make a new value and bind the name to it: c = c \+ 1"),
     ],
-    ids=["softmax", "layer_norm", "mean", "matmul", "cast", "shape", "dropout", "leaky", "in place"],
+    ids=["softmax", "layer_norm", "mean", "matmul", "cast", "shape", "dropout", "leaky", "loop", "in place"],
 )
 def test_the_error_says_what_to_do(fn, remedy: str) -> None:
     with pytest.raises(NotImplementedError, match=f"is not supported in a fused function; .*{remedy}"):
@@ -279,6 +284,17 @@ def test_a_function_with_a_backward_of_its_own(mode) -> None:
         assert "sin(x)" in ro.fuse_pointwise(lambda x: torch.sin(x)).source
         with pytest.raises(NotImplementedError, match="a Function has a backward of its own: call it outside"):
             ro.fuse_pointwise(lambda x: x * Sign.apply(x))
+
+
+def test_an_error_that_the_function_catches_comes_through() -> None:
+    def f(x):
+        try:
+            return x - x.mean()
+        except Exception:
+            return x * 2
+
+    with pytest.raises(NotImplementedError, match="f: Tensor.mean at "):
+        ro.fuse_pointwise(f)
 
 
 def test_a_stand_in_of_another_function_is_no_parameter() -> None:
