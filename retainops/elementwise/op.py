@@ -143,7 +143,7 @@ def _refuses(
     conditions = [inputs[i] for i in generated.inputs if nodes[i] in traced.conditions]
     values = [inputs[i] for i in generated.inputs if nodes[i] not in traced.conditions]
     for x in conditions:
-        if not isinstance(x, torch.Tensor) or x.dtype != torch.bool:
+        if type(x) is not bool and _dtype(x) != torch.bool:
             return f"a condition is {getattr(x, 'dtype', type(x).__name__)}, and the kernels take torch.bool"
     if why := refuses_dtypes(*values):
         return why
