@@ -121,8 +121,9 @@ def _remedy(what: str) -> str:
     name = what.rpartition(".")[2]
     if "in-place" in what:
         return "make a new value and bind the name to it: c = c + 1"
+    name = name.replace("log_sigmoid", "logsigmoid")  # as torch.nn.functional's calls itself
     if name in WRITTEN_AS:
-        return f"write it as {WRITTEN_AS[name]}"
+        return f"write it as {WRITTEN_AS[name]}, for its defaults"
     if what.startswith("numpy."):
         return "use torch's functions, torch.sin(x) for numpy.sin(x), and float(c) for a number c of numpy's"
     if what.endswith("(float)"):

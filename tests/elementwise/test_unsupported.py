@@ -241,6 +241,14 @@ def test_the_error_says_what_to_do(fn, remedy: str) -> None:
         ro.fuse_pointwise(fn)
 
 
+@pytest.mark.parametrize("name", [name for name in WRITTEN_AS if name not in ("softsign", "tanhshrink")])
+def test_the_error_says_how_to_write_it(name: str) -> None:
+    """But for functions that are Python, of operations that are supported."""
+    with pytest.raises(NotImplementedError, match="; write it as ") as caught:
+        ro.fuse_pointwise(lambda x: getattr(F, name)(x))
+    assert f"write it as {WRITTEN_AS[name]}, for its defaults" in str(caught.value)
+
+
 @pytest.mark.parametrize("name", WRITTEN_AS)
 def test_what_the_error_says_to_write_is_that_function(name: str) -> None:
     written = {"torch": torch, "F": F}
