@@ -71,7 +71,7 @@ def record(call: Callable[..., torch.Tensor], traced: Traced, generated: Generat
         return found and (record(call, found.traced, generate(found.traced)), found.arguments)
 
     def hoisted(inputs: Sequence[Any]) -> tuple[Op, tuple[Any, ...]] | None:
-        found = without(*(not isinstance(x, torch.Tensor) for x in inputs))
+        found = without(*[not isinstance(x, torch.Tensor) for x in inputs])
         return found and (found[0], found[1](inputs))
 
     def launch(inputs: tuple[Any, ...], slots: Mapping[str, Slot]) -> Any:
@@ -82,7 +82,7 @@ def record(call: Callable[..., torch.Tensor], traced: Traced, generated: Generat
         return _fused.launch(op, on_kernels, tuple(own), slots)
 
     def refuses(*given: Any) -> str | None:
-        inputs = _completed(traced, given)
+        inputs = given if len(given) == len(traced.parameters) else _completed(traced, given)
         if found := hoisted(inputs):
             return found[0].refuses(*found[1])
         return (
@@ -92,6 +92,8 @@ def record(call: Callable[..., torch.Tensor], traced: Traced, generated: Generat
         )
 
     def traffic(*inputs: Any) -> tuple[int, int, int]:
+        if found := hoisted(inputs):
+            return found[0].traffic(*found[1])
         layout = plan(reference, inputs)
         sizes = [x.numel() * x.element_size() if isinstance(x, torch.Tensor) else 0 for x in inputs]
         (y,) = (out.shape.numel() * out.dtype.itemsize for out in layout.outputs)
@@ -119,8 +121,7 @@ def record(call: Callable[..., torch.Tensor], traced: Traced, generated: Generat
 def _completed(traced: Traced, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     """Inputs with the defaults of those that `ro.explain` was not given."""
     left = traced.parameters[len(inputs) :]
-    missing = [p.name for p in left if p.default is p.empty]
-    if missing or len(inputs) > len(traced.parameters):
+    if len(inputs) > len(traced.parameters) or any(p.default is p.empty for p in left):
         names = ", ".join(p.name for p in traced.parameters)
         raise TypeError(f"{traced.name}: {len(inputs)} inputs were given; expected {names}, or those without a default")
     return (*inputs, *(p.default for p in left))

@@ -68,6 +68,12 @@ def test_points_beside_numbers(path: Path) -> None:
     torch.testing.assert_close(kept.k.grad, (torch.sin(x) * 6).sum().detach())
 
 
+def test_the_record_of_such_a_call(kernels: Path) -> None:
+    f, x = ro.fuse_pointwise(lambda x, n: x * (n / (n - 1))), torch.ones(3, device=kernels.device)
+    forward, _, _ = f.op.traffic(x, 3)
+    assert forward == 2 * x.numel() * x.element_size()
+
+
 def test_explain_takes_defaults(kernels: Path) -> None:
     f, x = ro.fuse_pointwise(lambda a, b, s=3, *, t=1.0: a * b * (t / s)), torch.ones(3, device=kernels.device)
     assert "takes the Triton kernels" in ro.explain(f, x, 2.0)
