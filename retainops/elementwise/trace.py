@@ -170,7 +170,7 @@ def _conditions(name: str, graph: fx.Graph) -> set[fx.Node]:
                     f"{name}: operand {i} of {node.meta['what']} is no condition; expected a comparison, or a boolean "
                     "tensor that is a parameter"
                 )
-        if node.meta["name"] == "sub" and found.intersection(nodes):
+        if node.meta["name"] == "sub" and any(map(_is_boolean, nodes)):
             raise NotImplementedError(
                 f"{name}: {node.meta['what']} has a condition for an operand, as PyTorch has none; use ~condition, or "
                 "1.0 * condition"
@@ -179,6 +179,14 @@ def _conditions(name: str, graph: fx.Graph) -> set[fx.Node]:
         if not (s.gives or s.takes or numbered or set(nodes) - found):
             raise NotImplementedError(f"{name}: {node.meta['what']} is arithmetic on conditions alone; use torch.where")
     return found
+
+
+def _is_boolean(node: fx.Node) -> bool:
+    """Whether this is made of comparisons: parameters may be integers, of whose bits eager PyTorch takes & and |."""
+    if "step" not in node.meta:
+        return False
+    step = node.meta["step"]
+    return step.gives and all(_is_boolean(step.operands[i]) for i in step.takes)
 
 
 def differentiable(graph: fx.Graph, conditions: Collection[fx.Node]) -> frozenset[fx.Node]:

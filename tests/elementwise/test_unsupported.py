@@ -310,6 +310,11 @@ def test_a_stand_in_of_another_function_is_no_parameter() -> None:
         ro.fuse_pointwise(lambda x: ro.fuse_pointwise(lambda y: y * x)(x))
 
 
+def test_bits_of_integers_are_subtracted() -> None:
+    f, bits = ro.fuse_pointwise(lambda x, bits, mask: x - (bits & mask)), torch.tensor([5, 6])
+    assert f(torch.ones(2), bits, torch.tensor(4)).tolist() == [-3.0, -3.0]
+
+
 def test_conditions_without_grad_are_the_same_ones() -> None:
     def f(x):
         with torch.no_grad():
