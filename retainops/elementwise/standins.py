@@ -80,7 +80,8 @@ class Tracer(GraphAppendingTracer):
             self.refuse(f"{what} under torch.autocast", "call the fused function under it")
 
     def to_bool(self, obj: fx.Proxy) -> bool:
-        self.refuse("control flow by the value of a tensor (if, while, and, or, not, assert)", "use torch.where")
+        what = "control flow by the value of a tensor (if, while, and, or, not, assert)"
+        self.refuse(what, "use torch.where; a flag is a global or a closure, and no parameter")
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         self.refuse("iteration over a tensor")
@@ -129,7 +130,7 @@ def _remedy(what: str) -> str:
     if what.endswith("(float)"):
         return "of functions of math, use torch's: torch.sin(x) for math.sin(x)"
     if what.startswith("reading a value"):
-        return "a number that shapes the function, such as a loop's, is a global or a closure, and no parameter"
+        return "a number that shapes the function, as a loop's does, is a global or a closure, and no parameter"
     if what.startswith("the attribute") or name in _OUTSIDE:
         return "do it outside the function, and pass the result"
     if name in _FUSED:

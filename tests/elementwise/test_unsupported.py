@@ -231,10 +231,11 @@ def test_the_error_lists_what_is_supported() -> None:
         (lambda x: x / x.shape[-1], "do it outside the function, and pass the result"),
         (lambda x: F.dropout(x * 2), "do it outside the function, and pass the result"),
         (lambda x: F.leaky_relu(x), r"write it as torch.where\(x > 0, x, 0.01 \* x\)"),
+        (lambda x, gated=True: x * 2 if gated else x, "a flag is a global or a closure, and no parameter"),
         (lambda x, n: sum([x * i for i in range(n)]), "is a global or a closure, and no parameter"),
         (lambda x: x.mul_(2), r"make a new value and bind the name to it: c = c \+ 1"),
     ],
-    ids=["softmax", "layer_norm", "mean", "matmul", "cast", "shape", "dropout", "leaky", "loop", "in place"],
+    ids=["softmax", "layer_norm", "mean", "matmul", "cast", "shape", "dropout", "leaky", "flag", "loop", "in place"],
 )
 def test_the_error_says_what_to_do(fn, remedy: str) -> None:
     with pytest.raises(NotImplementedError, match=f"is not supported in a fused function; .*{remedy}"):
