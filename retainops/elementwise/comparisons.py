@@ -64,8 +64,6 @@ def refuses_comparisons(found: Sequence[tuple[int, Sequence[int]]], inputs: Sequ
             return f"a tensor of no dims is compared with an input, which rounds it to {x.dtype}"
         if not tensors and _is_wide(x, inputs):
             return f"a number is compared with an input of {x.dtype}, and the result is float64"
-        if not tensors and len(others) > 1 and x.dtype.itemsize == 2:
-            return f"a number made of several arguments is compared with an input, which rounds it to {x.dtype}"
     return None
 
 

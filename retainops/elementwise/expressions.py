@@ -19,6 +19,9 @@ _ARGUMENTS = ("X", "Y", "DX", "DY", "DC", "SHAPE", "DTYPE", "BLOCK_M", "BLOCK_N"
 _TAKEN = {*_ARGUMENTS, *TILES, *(name for names in HELPERS.values() for name in names)}
 _TAKEN |= {*keyword.kwlist, *keyword.softkwlist, *dir(builtins)}
 
+_LONGEST = 200
+"""Characters of a part of a formula."""
+
 
 def identifier(name: str) -> str:
     """A name in ASCII that is one to Python, Triton and PTX alike."""
@@ -94,8 +97,11 @@ def atom(traced: Traced, variables: Variables, step: Step, i: int) -> str:
 
 def as_compared(traced: Traced, variables: Variables, step: Step, i: int, text: str) -> str:
     """An operand, which is a number where the one input behind it is, as it is compared with an input."""
-    beside, behind = compared_with(traced, step, i), sources(traced, step.operands[i], differentiably=False)
-    if beside is None or len(behind) != 1 or traced.inputs[behind[0]] in (beside, *traced.conditions):
+    beside = compared_with(traced, step, i)
+    if beside is None:
+        return text
+    behind = sources(traced, step.operands[i], differentiably=False)
+    if len(behind) != 1 or traced.inputs[behind[0]] in (beside, *traced.conditions):
         return text
     return f"compared({text}, {variables.operand(traced.inputs[behind[0]])}, {variables.operand(beside)})"
 
@@ -106,7 +112,10 @@ def sum_of(shares: list[str]) -> str:
 
 
 def formulas(traced: Traced) -> dict[str, str]:
-    """The value of each point, and of the output under "", in the user's names."""
+    """The value of each point, and of the output under "", in the user's names; long parts of one are "...".
+
+    A loop that uses a value several times would make them grow with a power of its length.
+    """
     names = {node: name for name, node in reversed(traced.names.items())}
     found = {node: Expression(str(node.target)) for node in traced.inputs}
     whole: dict[Node, str] = {}
@@ -115,5 +124,6 @@ def formulas(traced: Traced) -> dict[str, str]:
         operands = [found[x] if isinstance(x, Node) else Expression(repr(x)) for x in step.operands]
         value = compose(step.formula or step.value, operands)
         whole[node] = value.text
-        found[node] = Expression(names[node]) if node in names else value
+        shown = value if len(value.text) <= _LONGEST else Expression("...")
+        found[node] = Expression(names[node]) if node in names else shown
     return {**{name: whole[node] for name, node in traced.names.items()}, "": whole[traced.output]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -9,8 +10,9 @@ import torch
 from torch.fx import Node
 
 from retainops.elementwise import cache
-from retainops.elementwise.codegen import Generated
+from retainops.elementwise.codegen import Generated, generate
 from retainops.elementwise.comparisons import comparisons, refuses_bounds, refuses_comparisons, shared_bounds
+from retainops.elementwise.hoist import rest
 from retainops.elementwise.reference import reference_of
 from retainops.elementwise.trace import Traced, sources
 from retainops.ops import _fused
@@ -63,12 +65,35 @@ def record(call: Callable[..., torch.Tensor], traced: Traced, generated: Generat
     on_kernels = OnKernels(traced, generated)
     compared, bounds = comparisons(traced), shared_bounds(traced)
 
+    @functools.cache
+    def without(*numbered: bool) -> tuple[Op, Callable[..., tuple[Any, ...]]] | None:
+        found = rest(traced, numbered)
+        return found and (record(call, found.traced, generate(found.traced)), found.arguments)
+
+    def hoisted(inputs: Sequence[Any]) -> tuple[Op, tuple[Any, ...]] | None:
+        found = without(*[not isinstance(x, torch.Tensor) for x in inputs])
+        return found and (found[0], found[1](inputs))
+
     def launch(inputs: tuple[Any, ...], slots: Mapping[str, Slot]) -> Any:
+        if found := hoisted(inputs):
+            return found[0].launch(found[1], slots)
         # What has no gradient must not make the output require one.
         own = (x.detach() if _is_idle(x, i, generated) else x for i, x in enumerate(inputs))
         return _fused.launch(op, on_kernels, tuple(own), slots)
 
+    def refuses(*given: Any) -> str | None:
+        inputs = given if len(given) == len(traced.parameters) else _completed(traced, given)
+        if found := hoisted(inputs):
+            return found[0].refuses(*found[1])
+        return (
+            _refuses(traced, generated, reference, inputs)
+            or refuses_comparisons(compared, inputs)
+            or refuses_bounds(bounds, inputs)
+        )
+
     def traffic(*inputs: Any) -> tuple[int, int, int]:
+        if found := hoisted(inputs):
+            return found[0].traffic(*found[1])
         layout = plan(reference, inputs)
         sizes = [x.numel() * x.element_size() if isinstance(x, torch.Tensor) else 0 for x in inputs]
         (y,) = (out.shape.numel() * out.dtype.itemsize for out in layout.outputs)
@@ -86,15 +111,20 @@ def record(call: Callable[..., torch.Tensor], traced: Traced, generated: Generat
         ),
         reference=reference,
         launch=launch,
-        refuses=lambda *inputs: (
-            _refuses(traced, generated, reference, inputs)
-            or refuses_comparisons(compared, inputs)
-            or refuses_bounds(bounds, inputs)
-        ),
+        refuses=refuses,
         sample=lambda *where: tuple(_sample(traced, i, *where) for i in range(len(traced.parameters))),
         traffic=traffic,
     )
     return op
+
+
+def _completed(traced: Traced, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Inputs with the defaults of those that `ro.explain` was not given."""
+    left = traced.parameters[len(inputs) :]
+    if len(inputs) > len(traced.parameters) or any(p.default is p.empty for p in left):
+        names = ", ".join(p.name for p in traced.parameters)
+        raise TypeError(f"{traced.name}: {len(inputs)} inputs were given; expected {names}, or those without a default")
+    return (*inputs, *(p.default for p in left))
 
 
 def _is_idle(x: Any, place: int, generated: Generated) -> bool:
@@ -114,10 +144,12 @@ def _refuses(
     conditions = [inputs[i] for i in generated.inputs if nodes[i] in traced.conditions]
     values = [inputs[i] for i in generated.inputs if nodes[i] not in traced.conditions]
     for x in conditions:
-        if not isinstance(x, torch.Tensor) or x.dtype != torch.bool:
+        if type(x) is not bool and _dtype(x) != torch.bool:
             return f"a condition is {getattr(x, 'dtype', type(x).__name__)}, and the kernels take torch.bool"
     if why := refuses_dtypes(*values):
         return why
+    if not any(isinstance(inputs[i], (float, torch.Tensor)) for i in generated.graded):
+        return "the result is made of integers, and the kernels compute in floating point"
     devices = {x.device for x in (*values, *conditions) if isinstance(x, torch.Tensor)}
     if len(devices) > 1:
         return f"the inputs are on {' and '.join(map(str, devices))}"

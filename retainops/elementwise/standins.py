@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import os
 import sys
 import types
@@ -28,32 +29,59 @@ class Tracer(GraphAppendingTracer):
     def __init__(self, graph: fx.Graph, name: str) -> None:
         super().__init__(graph)
         self.name = name
+        self.refused: NotImplementedError | None = None
+        self._autocasts = _autocasts()
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return Value(node, self)
 
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **options: Any) -> fx.Proxy:
+        if kind != "placeholder" and row_of(kind, target) is None:
+            _ = [a.node for a in args if isinstance(a, fx.Proxy)]  # an attribute among them is what is refused
+            what = _spelled(kind, target, args)
+            in_place = what.endswith("_") and not what.endswith("__")
+            self.refuse(f"{what}{', an in-place operation,' if in_place else ''}")
+        return super().create_proxy(kind, target, args, kwargs, *rest, **options)
+
     def create_arg(self, a: Any) -> Any:
-        if isinstance(a, torch.Tensor):
+        if isinstance(a, torch.Tensor) or (isinstance(a, fx.Proxy) and a.tracer is not self):
             self.refuse("a tensor that is not a parameter", "make it a parameter")
-        return super().create_arg(a)
+        if isinstance(a, numbers.Real):  # numpy's among them
+            return a if isinstance(a, (int, float)) else int(a) if isinstance(a, numbers.Integral) else float(a)
+        try:
+            return super().create_arg(a)
+        except NotImplementedError:
+            if isinstance(a, (fx.Proxy, tuple, list, dict)):  # of what is in one it was said
+                raise
+            of = f"{type(a).__module__}.{type(a).__qualname__}"
+            self.refuse(f"an argument that is {of}", "expected a parameter or a number")
 
     def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any) -> fx.Node:
         if kind == "placeholder":
             return super().create_node(kind, target, args, kwargs, *rest)
         what, row = _spelled(kind, target, args), row_of(kind, target)
-        if row is None:
-            in_place = kind == "call_method" and target.endswith("_") and not target.endswith("__")
-            self.refuse(f"{what}{', an in-place operation,' if in_place else ''}")
+        assert row is not None
         try:
             step = step_of(row, args, kwargs)
         except Refused as e:
             self.refuse(f"this use of {what}", str(e))
+        if any(step.grads):
+            self._check_modes(what)
         node = super().create_node(kind, target, args, kwargs, *rest)
         node.meta.update(step=step, name=row.names[0], what=f"{what} ({_where()})")
         return node
 
+    def _check_modes(self, what: str) -> None:
+        """The graph does not say under what its operations ran."""
+        if not torch.is_grad_enabled():
+            remedy = "what shall have no gradient is c.detach(); a Function has a backward of its own: call it outside"
+            self.refuse(f"{what} under torch.no_grad, or in a torch.autograd.Function,", remedy)
+        if _autocasts() != self._autocasts:
+            self.refuse(f"{what} under torch.autocast", "call the fused function under it")
+
     def to_bool(self, obj: fx.Proxy) -> bool:
-        self.refuse("control flow by the value of a tensor (if, while, and, or, not, assert)", "use torch.where")
+        what = "control flow by the value of a tensor (if, while, and, or, not, assert)"
+        self.refuse(what, "use torch.where; a flag is a global or a closure, and no parameter")
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         self.refuse("iteration over a tensor")
@@ -61,7 +89,9 @@ class Tracer(GraphAppendingTracer):
     def refuse(self, what: str, remedy: str = "") -> NoReturn:
         """Raise: the function does what its kernels cannot."""
         remedy = remedy or _remedy(what)
-        raise NotImplementedError(f"{self.name}: {what} at {_where()} is not supported in a fused function; {remedy}")
+        told = f"{self.name}: {what} at {_where()} is not supported in a fused function; {remedy}"
+        self.refused = NotImplementedError(told)
+        raise self.refused
 
 
 _FUSED = ("softmax", "log_softmax", "layer_norm", "rms_norm", "group_norm", "cross_entropy")
@@ -92,12 +122,15 @@ def _remedy(what: str) -> str:
     name = what.rpartition(".")[2]
     if "in-place" in what:
         return "make a new value and bind the name to it: c = c + 1"
+    name = name.replace("log_sigmoid", "logsigmoid")  # as torch.nn.functional's calls itself
     if name in WRITTEN_AS:
-        return f"write it as {WRITTEN_AS[name]}"
+        return f"write it as {WRITTEN_AS[name]}, for its defaults"
     if what.startswith("numpy."):
         return "use torch's functions, torch.sin(x) for numpy.sin(x), and float(c) for a number c of numpy's"
     if what.endswith("(float)"):
         return "of functions of math, use torch's: torch.sin(x) for math.sin(x)"
+    if what.startswith("reading a value"):
+        return "a number that shapes the function, as a loop's does, is a global or a closure, and no parameter"
     if what.startswith("the attribute") or name in _OUTSIDE:
         return "do it outside the function, and pass the result"
     if name in _FUSED:
@@ -105,6 +138,12 @@ def _remedy(what: str) -> str:
     if name in _REDUCING + _PRODUCTS:
         return "an element depends on others there: do it outside the function, and make the result a parameter"
     return f"supported are: {', '.join(row.names[0] for row in ROWS)}"
+
+
+def _autocasts() -> int:
+    """How many autocasts are around this."""
+    torch.autocast_increment_nesting()
+    return torch.autocast_decrement_nesting()
 
 
 def _spelled(kind: str, target: Any, args: tuple[Any, ...]) -> str:

@@ -10,12 +10,13 @@ import inspect
 import numbers
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import fx
 
+from retainops.dispatch import backend
 from retainops.elementwise.standins import Tracer, Value
 from retainops.elementwise.step import Step
 
@@ -70,6 +71,8 @@ def trace(fn: Callable[..., Any]) -> Traced:
     by_place = [value for p, value in values.items() if p.kind is not p.KEYWORD_ONLY]
     by_name = {p.name: value for p, value in values.items() if p.kind is p.KEYWORD_ONLY}
     result, local = _run(fn, by_place, by_name)
+    if tracer.refused:  # fn caught it, and in eager PyTorch would have gone another way
+        raise tracer.refused
     if isinstance(result, torch.Tensor):
         raise TypeError(
             f"{fn.__name__} returns a tensor that was not computed from its parameters; a fused function returns one "
@@ -80,7 +83,7 @@ def trace(fn: Callable[..., Any]) -> Traced:
     graph.output(result.node)
     graph.eliminate_dead_code()
     conditions = _conditions(fn.__name__, graph)
-    graded = _graded(graph, conditions)
+    graded = differentiable(graph, conditions)
     _check_output(fn.__name__, result.node, graded, conditions)
     # A code object can be made whose names are no identifiers, and they become part of the kernels' source.
     bound = {name: x.node for name, x in local.items() if isinstance(x, Value) and name.isidentifier()}
@@ -147,7 +150,9 @@ def _run(fn: Any, args: list[Any], kwargs: dict[str, Any]) -> tuple[Any, dict[st
     before = sys.gettrace()
     sys.settrace(of_calls)
     try:
-        return fn(*args, **kwargs), local
+        # Of the fused functions that fn calls the stand-ins take the reference, whatever calls of tensors are to take.
+        with torch.enable_grad(), backend("reference"):
+            return fn(*args, **kwargs), local
     finally:
         sys.settrace(before)
 
@@ -165,15 +170,28 @@ def _conditions(name: str, graph: fx.Graph) -> set[fx.Node]:
                     f"{name}: operand {i} of {node.meta['what']} is no condition; expected a comparison, or a boolean "
                     "tensor that is a parameter"
                 )
+        if node.meta["name"] == "sub" and any(map(_is_boolean, nodes)):
+            raise NotImplementedError(
+                f"{name}: {node.meta['what']} has a condition for an operand, as PyTorch has none; use ~condition, or "
+                "1.0 * condition"
+            )
         numbered = any(not isinstance(x, (fx.Node, bool)) for x in s.operands)
         if not (s.gives or s.takes or numbered or set(nodes) - found):
             raise NotImplementedError(f"{name}: {node.meta['what']} is arithmetic on conditions alone; use torch.where")
     return found
 
 
-def _graded(graph: fx.Graph, conditions: set[fx.Node]) -> frozenset[fx.Node]:
+def _is_boolean(node: fx.Node) -> bool:
+    """Whether this is made of comparisons: parameters may be integers, of whose bits eager PyTorch takes & and |."""
+    if "step" not in node.meta:
+        return False
+    step = node.meta["step"]
+    return step.gives and all(_is_boolean(step.operands[i]) for i in step.takes)
+
+
+def differentiable(graph: fx.Graph, conditions: Collection[fx.Node]) -> frozenset[fx.Node]:
     """The nodes that depend on an input differentiably, and on which the output does."""
-    depends = {node for node in graph.nodes if node.op == "placeholder"} - conditions
+    depends = {node for node in graph.nodes if node.op == "placeholder" and node not in conditions}
     for node in graph.nodes:
         if any(x in depends for x, _ in _differentiated(node)):
             depends.add(node)

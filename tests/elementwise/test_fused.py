@@ -116,6 +116,14 @@ def test_what_is_not_of_the_results_dtype_takes_the_reference(kernels: Path) -> 
         assert chosen(x, wide).dtype == torch.float32
 
 
+def test_integers_are_not_computed_in_floating_point(kernels: Path) -> None:
+    f, x = ro.fuse_pointwise(lambda x, n: torch.where(x > 0.5, n, 2 * n)), torch.ones(3, device=kernels.device)
+    assert "the result is made of integers" in ro.explain(f, x, 3)
+    assert "Triton kernels" in ro.explain(f, x, 3.0)
+    with ro.backend("auto"):
+        assert f(x, 2**24 + 1).tolist() == [2**24 + 1] * 3
+
+
 def test_boolean_tensors_are_read_by_the_kernels(path: Path) -> None:
     @ro.fuse_pointwise
     def masked(x, mask, fill):
@@ -134,7 +142,8 @@ def test_boolean_tensors_are_read_by_the_kernels(path: Path) -> None:
     assert torch.equal(fill.grad, (~wide).float().sum(0))
     if path.name != "reference":
         assert "a condition is torch.float32" in ro.explain(masked, x, x, fill)
-        assert "a condition is bool" in ro.explain(masked, x, True, fill)
+        assert "a condition is int" in ro.explain(masked, x, 1, fill)
+    assert torch.equal(masked(x, False, fill), fill.expand(50, 70))
     with pytest.raises(RuntimeError, match="not implemented for 'Float'"), ro.backend("auto"):
         masked(x, fill, fill)  # eager's own error
 

@@ -119,6 +119,11 @@ def test_a_fused_function_inside_another(path: Path) -> None:
     assert_near(kept.inner.grad, torch.sin(x * b).detach(), 4)
 
 
+def test_one_inside_another_where_the_kernels_are_asked_for(kernels: Path) -> None:
+    outer, x = ro.fuse_pointwise(lambda x: gate(x, x, x) * 2), torch.ones(3, device=kernels.device)
+    torch.testing.assert_close(outer(x), 2 * eager_gate(x, x, x)[0])
+
+
 def test_it_is_a_function_to_the_rest_of_python() -> None:
     assert (gate.__name__, gate.__doc__, gate.__module__) == ("gate", "A gate.", functions.__name__)
     assert gate.__wrapped__ is not gate

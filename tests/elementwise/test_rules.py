@@ -7,6 +7,7 @@ import itertools
 import operator
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -47,6 +48,7 @@ UNARY: dict[str, Callable] = {
     "mul, inf": lambda x: x * INF,
     "mul, nan": lambda x: NAN * x,
     "mul, true": lambda x: x * True,
+    "mul, numpy": lambda x: x * np.float32(0.1) + np.int64(3),
     "mul, integer beyond int32": lambda x: x * 3_000_000_001,
     "div, number": lambda x: x / 3,
     "div, of a number": lambda x: 0.1 / x,

@@ -60,6 +60,17 @@ def test_loops_unroll_and_helpers_are_traced_through() -> None:
     assert list(fused.points) == ["x", "total"]  # not i, a number, nor what the helper calls its own
 
 
+def test_long_formulas_are_shortened() -> None:
+    def newton(x, y):
+        for _ in range(30):  # 3 ** 30 of the first y, were it written out
+            y = y * (1.5 - 0.5 * x * y * y)
+        return y * x
+
+    fused = ro.fuse_pointwise(newton)
+    assert len(fused.points["y"].formula) < 1000
+    assert fused.points["y"].formula.startswith("... * (1.5 - 0.5 * x * ")
+
+
 def test_names_that_no_gradient_reaches_are_no_points() -> None:
     def f(x, w):
         dead = x * 7  # noqa: F841

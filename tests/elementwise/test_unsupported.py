@@ -26,6 +26,9 @@ def operations():
     def attribute(x):
         return x * x.shape[0]
 
+    def attribute_alone(x):
+        return x * getattr(x, "scale", 2.0)
+
     def indexed(x):
         return x[0] * 2
 
@@ -83,10 +86,30 @@ def operations():
     def conditions(x):
         return x * ((x > 0) + (x < 1))
 
+    def difference(x):
+        return x * (1 - (x > 0))
+
+    def hooked(x):
+        return (x * 2).register_hook(print)
+
+    def array(x):
+        return x * np.ones(3)
+
+    def without_grad(x):
+        with torch.no_grad():
+            m = x * 2
+        return m * x
+
+    def under_autocast(x):
+        with torch.autocast("cpu", enabled=False):
+            m = torch.exp(x)
+        return m * x
+
     return {
         alone: "torch.nn.functional.softmax",
         method: "Tensor.cumsum",
         attribute: "the attribute Tensor.shape",
+        attribute_alone: "the attribute Tensor.scale",
         indexed: "operator.getitem",
         matmul: "operator.matmul",
         floor: "operator.floordiv",
@@ -106,6 +129,11 @@ def operations():
         beta: "only softplus",
         not_a_condition: "is no condition; expected a comparison, or a boolean tensor",
         conditions: "is arithmetic on conditions alone; use torch.where",
+        difference: r"operator.sub \(.*\) has a condition for an operand, as PyTorch has none; use ~condition",
+        hooked: "Tensor.register_hook at ",
+        array: "an argument that is numpy.ndarray at .*; expected a parameter or a number",
+        without_grad: r"operator.mul under torch.no_grad, or .*; what shall have no gradient is c.detach\(\)",
+        under_autocast: "torch.exp under torch.autocast at .*; call the fused function under it",
     }
 
 
@@ -171,7 +199,10 @@ def in_place():
         y.data = x
         return y
 
-    return [augmented, augmented_input, method, relu, element, out, data]
+    def function(x):
+        return torch.sin_(x)
+
+    return [augmented, augmented_input, method, relu, element, out, data, function]
 
 
 @pytest.mark.parametrize(("fn", "says"), operations().items(), ids=lambda x: getattr(x, "__name__", None))
@@ -200,13 +231,23 @@ def test_the_error_lists_what_is_supported() -> None:
         (lambda x: x / x.shape[-1], "do it outside the function, and pass the result"),
         (lambda x: F.dropout(x * 2), "do it outside the function, and pass the result"),
         (lambda x: F.leaky_relu(x), r"write it as torch.where\(x > 0, x, 0.01 \* x\)"),
+        (lambda x, gated=True: x * 2 if gated else x, "a flag is a global or a closure, and no parameter"),
+        (lambda x, n: sum([x * i for i in range(n)]), "is a global or a closure, and no parameter"),
         (lambda x: x.mul_(2), r"make a new value and bind the name to it: c = c \+ 1"),
     ],
-    ids=["softmax", "layer_norm", "mean", "matmul", "cast", "shape", "dropout", "leaky", "in place"],
+    ids=["softmax", "layer_norm", "mean", "matmul", "cast", "shape", "dropout", "leaky", "flag", "loop", "in place"],
 )
 def test_the_error_says_what_to_do(fn, remedy: str) -> None:
     with pytest.raises(NotImplementedError, match=f"is not supported in a fused function; .*{remedy}"):
         ro.fuse_pointwise(fn)
+
+
+@pytest.mark.parametrize("name", [name for name in WRITTEN_AS if name not in ("softsign", "tanhshrink")])
+def test_the_error_says_how_to_write_it(name: str) -> None:
+    """But for functions that are Python, of operations that are supported."""
+    with pytest.raises(NotImplementedError, match="; write it as ") as caught:
+        ro.fuse_pointwise(lambda x: getattr(F, name)(x))
+    assert f"write it as {WRITTEN_AS[name]}, for its defaults" in str(caught.value)
 
 
 @pytest.mark.parametrize("name", WRITTEN_AS)
@@ -232,3 +273,53 @@ def test_control_flow_by_a_value(fn) -> None:
 def test_in_place_operations(fn) -> None:
     with pytest.raises(NotImplementedError, match=r"in-place|in place|out= would write|setting the attribute"):
         ro.fuse_pointwise(fn)
+
+
+class Sign(torch.autograd.Function):
+    """With a backward that its operations do not have."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return torch.where(x > 0, 1.0, -1.0)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_a_function_with_a_backward_of_its_own(mode) -> None:
+    with mode():
+        assert "sin(x)" in ro.fuse_pointwise(lambda x: torch.sin(x)).source
+        with pytest.raises(NotImplementedError, match="a Function has a backward of its own: call it outside"):
+            ro.fuse_pointwise(lambda x: x * Sign.apply(x))
+
+
+def test_an_error_that_the_function_catches_comes_through() -> None:
+    def f(x):
+        try:
+            return x - x.mean()
+        except Exception:
+            return x * 2
+
+    with pytest.raises(NotImplementedError, match="f: Tensor.mean at "):
+        ro.fuse_pointwise(f)
+
+
+def test_a_stand_in_of_another_function_is_no_parameter() -> None:
+    with pytest.raises(NotImplementedError, match="a tensor that is not a parameter at .*make it a parameter"):
+        ro.fuse_pointwise(lambda x: ro.fuse_pointwise(lambda y: y * x)(x))
+
+
+def test_bits_of_integers_are_subtracted() -> None:
+    f, bits = ro.fuse_pointwise(lambda x, bits, mask: x - (bits & mask)), torch.tensor([5, 6])
+    assert f(torch.ones(2), bits, torch.tensor(4)).tolist() == [-3.0, -3.0]
+
+
+def test_conditions_without_grad_are_the_same_ones() -> None:
+    def f(x):
+        with torch.no_grad():
+            positive = x > 0
+        return torch.where(positive, x, 2 * x)
+
+    assert "tl.where(x > 0.0, x, 2.0 * x)" in ro.fuse_pointwise(f).source
