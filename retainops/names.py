@@ -29,6 +29,11 @@ def listed(names: Iterable[str], most: int = 20) -> str:
 
 
 def near(name: str, names: Iterable[str]) -> str:
-    """ "; did you mean 'add_gelu'?" of the names that are most like a wrong one; "" if none is."""
-    found = difflib.get_close_matches(name, folded(names), n=3)
+    """ "; did you mean 'add_gelu'?" of the names that are most like a wrong one; "" if none is.
+
+    A wrong one of a layer is beside names of that layer: a folded one is no key of what has them.
+    """
+    numbers = NUMBER.findall(name)
+    alike = [other for other in names if numbers and NUMBER.findall(other) == numbers]
+    found = difflib.get_close_matches(name, alike or folded(names), n=3)
     return f"; did you mean {' or '.join(map(repr, found))}?" if found else ""

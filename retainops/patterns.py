@@ -45,8 +45,8 @@ def _glob(pattern: str) -> Callable[[str], bool]:
 def _check_want(who: str, want: Want) -> None:
     if want is not None and not isinstance(want, (Into, Stats, Part, Relevance)):
         raise TypeError(
-            f"{who}: a want is {type(want).__name__}; expected None, Into(buffer) or Stats(...), or of attention "
-            "Part(...) or Relevance(...)"
+            f"{who}: a want is {type(want).__name__}; expected None for the gradient, Into(buffer) or Stats(...), or "
+            "of attention Part(...) or Relevance(...)"
         )
 
 

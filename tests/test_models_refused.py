@@ -52,7 +52,7 @@ def test_two_points_of_one_op_share_no_buffer() -> None:
         (({"out": None, "nope": None},), KeyError, "'nope' matches no point"),
         (([],), ValueError, 'no pattern given; "\\*" asks for every point'),
         (([3],), TypeError, "a pattern is int; expected a string"),
-        (("*", "l2"), TypeError, r"a want is str; expected None, Into\(buffer\) or Stats"),
+        (("*", "l2"), TypeError, r"a want is str; expected None for the gradient, Into\(buffer\) or Stats"),
         (({"out": "l2"},), TypeError, "a want is str"),
         (({"out": None}, ro.Stats("l2")), ValueError, "leave out want"),
         (

@@ -36,7 +36,7 @@ def test_names_that_are_not_there() -> None:
     with pytest.raises(AttributeError, match="no attribute or point 'd'; retained points: c"):
         kept.d  # noqa: B018
     kept = ro.Retained(*(f"model.layers.{i}.mlp.act" for i in range(30)))
-    some = re.escape("there are: model.layers.*.mlp.act; did you mean 'model.layers.*.mlp.act'?")
+    some = re.escape("there are: model.layers.*.mlp.act; did you mean 'model.layers.0.mlp.act'?")
     with pytest.raises(KeyError, match=some):
         kept["layers.0.mlp.act"]
     with pytest.raises(AttributeError, match=r"in brackets: kept\['model.layers.0.mlp.act'\]"):

@@ -378,3 +378,22 @@ def test_compiled_in_one_graph() -> None:
     torch._dynamo.reset()
     for slot, w in zip(kept.values(), want.weights, strict=True):
         assert_close(slot.chefer, (w * w.grad).relu().mean(1).detach(), slot.name)
+
+
+@pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_a_part_compiled_by_itself() -> None:
+    """transformers says outside of that graph whether weights are collected, in a variable that Dynamo cannot read."""
+    _, model, given = made("llama")
+    with ro.retain(model, "*.p") as expected:
+        model(**given)[0].square().sum().backward()
+    torch._dynamo.reset()
+    model.model.layers[1].self_attn.compile(backend="eager", fullgraph=True)
+    with ro.retain(model, "*.p") as kept:
+        model(**given)[0].square().sum().backward()
+    for name, slot in kept.items():
+        assert_close(slot.grad, expected[name].grad, name)
+    model.model.layers[1].self_attn.compile(backend="eager")  # what collects weights is a hook, and breaks the graph
+    weights = model(**given, output_attentions=True).attentions
+    torch._dynamo.reset()
+    assert [w.shape for w in weights] == [(BATCH, HEADS, LENGTH, LENGTH)] * 2

@@ -11,6 +11,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from retainops.fusing._code import wrapping
 from retainops.nn.point import HoldsPoints, Point
+from retainops.points import check_no_transform
 from retainops.registry import PointInfo
 
 OUT = "out"
@@ -41,6 +42,7 @@ def is_asked(module: Any) -> bool:
 
 def _as_point(module: Output, output: Any, inputs: tuple[Any, ...]) -> Any:
     """The output, or where it is several values the first of them, as the point."""
+    check_no_transform(type(module).__name__)
     kind = type(output)
     if isinstance(output, torch.Tensor):
         return module.point(OUT, output, _may_be_held(output, inputs))

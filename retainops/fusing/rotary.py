@@ -138,4 +138,8 @@ def rope(module: Any) -> type[Rotary] | str:
     function = _function_of(module)
     if not isinstance(function, FunctionType) or form_of(function) is None:
         return "its apply_rotary_pos_emb is not that of rope"
+    other = f"{function.__name__}_interleave"
+    names = inspect.unwrap(type(module).forward).__code__.co_names
+    if other in names and getattr(getattr(module, "config", None), "rope_interleave", False):  # DeepSeek's
+        return f"its configuration has rope_interleave, and it calls {other} then"
     return Rotary

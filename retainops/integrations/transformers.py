@@ -125,7 +125,7 @@ def attention_forward(
         key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], 1) for t in (key, value))
         grouped = False
     inputs = (query, key, value, attention_mask, dropout, causal, scaling, grouped, softcap, None)
-    wanted = _weights_are_wanted(kwargs)
+    wanted = _weights_are_wanted(module, kwargs)
     if not wanted and s_aux is None:
         return attend(inputs, requests_of(module)).transpose(1, 2).contiguous(), None
     out, weights = _with_weights(module, inputs, s_aux)
@@ -141,11 +141,23 @@ def _with_bias(mask: Tensor | None, bias: Tensor, causal: bool) -> Tensor:
     return bias.masked_fill(mask.logical_not(), -torch.inf) if mask.dtype == torch.bool else bias + mask
 
 
-def _weights_are_wanted(kwargs: dict[str, Any]) -> bool:
+def _weights_are_wanted(module: nn.Module, kwargs: dict[str, Any]) -> bool:
     if kwargs.get("output_attentions"):
         return True
+    outside = torch.compiler.is_compiling() and not getattr(_active_collector, "compiling", True)
+    if outside and not module._forward_hooks:
+        # A layer that is compiled by itself, say: Dynamo cannot read what was set before. Weights are collected by a
+        # hook on the module, which transformers adds when it is first asked for them.
+        return _are_collected()
+    return _collects_attentions()
+
+
+def _collects_attentions() -> bool:
     collected = None if _active_collector is None else _active_collector.get()
     return collected is not None and any("attentions" in key for key in collected)
+
+
+_are_collected = torch.compiler.assume_constant_result(_collects_attentions)
 
 
 def _with_weights(module: nn.Module, inputs: tuple[Any, ...], sinks: Tensor | None) -> tuple[Tensor, Tensor]:

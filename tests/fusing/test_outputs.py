@@ -65,6 +65,13 @@ def test_everything_at_once(block: Block, x: torch.Tensor) -> None:
         torch.testing.assert_close(kept[name].grad, alone[name].grad, rtol=1e-5, atol=1e-6, msg=name)
 
 
+def test_inside_a_torch_func_transform() -> None:
+    net = nn.Sequential(nn.Linear(3, 3), nn.Tanh())
+    ro.fuse(net, outputs="0")
+    with pytest.raises(RuntimeError, match="retain= inside a torch.func transform"), ro.retain(net):
+        torch.func.grad(lambda x: net(x).sum())(torch.ones(2, 3))
+
+
 @pytest.mark.parametrize("order", ["outputs first", "ops first", "in turn"])
 def test_in_any_order(order: str, block: Block, x: torch.Tensor) -> None:
     kinds = {name: type(m) for name, m in block.named_modules()}

@@ -282,6 +282,24 @@ def test_attention_that_is_another_under_another_name(name: str) -> None:
     assert torch.equal(model(tokens, logits_to_keep=3).logits, expected)
 
 
+@pytest.mark.parametrize("interleave", [True, False])
+def test_rope_of_a_function_chosen_by_the_configuration(interleave: bool) -> None:
+    """DeepSeek-V3's forward calls one of two. A point where it calls the other one would stay None."""
+    index = ("index_n_heads", "index_head_dim", "index_topk")
+    options = {**SIZES, **{k: v for k, v in COMPARING["DeepseekV32"].items() if k not in index}}
+    config = transformers.DeepseekV3Config(**options, rope_interleave=interleave, n_shared_experts=1)
+    model = transformers.DeepseekV3ForCausalLM(config)
+    table = ro.fuse(model, rules=["rope"])
+    assert [row.op for row in table.replaced] == ([] if interleave else ["rope"] * 2)
+    if interleave:
+        why = "rope: its configuration has rope_interleave, and it calls apply_rotary_pos_emb_interleave then"
+        assert [row.why for row in table.left] == [why] * 2
+    else:
+        with ro.retain(model, "*", ro.Stats("l2")) as kept:
+            model(torch.randint(3, 67, (2, 9))).logits.square().sum().backward()
+        assert all(slot.l2 > 0 for slot in kept.values())
+
+
 def test_parts_of_a_model_whose_attention_differs() -> None:
     """The eager one stays, though the whole model's is sdpa: rows that see no key are another matter there."""
     text = {**SIZES, "num_key_value_heads": 4}
