@@ -21,7 +21,7 @@ from torch.autograd import forward_ad
 
 from retainops.buffers import Into, check_apart, share_memory
 from retainops.names import near
-from retainops.points import check_no_transform, check_not_recorded, no_grad, reader
+from retainops.points import check_no_transform, check_not_recorded, no_grad, reader, records
 from retainops.registry import Op, find
 from retainops.retained import Retained
 from retainops.slots import Slot
@@ -228,9 +228,7 @@ def requested(op: Op, inputs: tuple[Any, ...], retain: Retained) -> Mapping[str,
     if torch.compiler.is_compiling():
         return retain  # what is left to check is nothing Dynamo can trace; taps check what they can
     tensors = [x for x in inputs if isinstance(x, torch.Tensor)]
-    # Inference mode makes no graph either, whatever grad mode says inside it.
-    records = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
-    if not (records and any(t.requires_grad for t in tensors)):
+    if not (records() and any(t.requires_grad for t in tensors)):
         raise no_grad(op.name, next(iter(retain)))
     for p in op.points:
         if p.inputs is not None and p.name in retain and not p.requires_grad(inputs):

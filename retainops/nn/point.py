@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from retainops.nn._several import call_with_several
-from retainops.points import tap
+from retainops.points import records, tap
 from retainops.registry import Op, PointInfo
 from retainops.retained import Retained
 
@@ -169,7 +169,7 @@ def _part_of(request: Retained, names: Sequence[str]) -> Retained | None:
 def note_grad_mode(requests: tuple[Retained, ...]) -> None:
     """Remember whether requests were met where grad mode is on, or off: `ro.retain` warns if it was always off."""
     if requests and not torch.compiler.is_compiling():
-        is_on = torch.is_grad_enabled()
+        is_on = records()
         for request in requests:
             if is_on:
                 request.with_grad = True
@@ -179,4 +179,4 @@ def note_grad_mode(requests: tuple[Retained, ...]) -> None:
 
 def gradients_reach(*inputs: Any) -> bool:
     """Whether anything computed from these inputs can have a gradient."""
-    return torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs)
+    return records() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs)
