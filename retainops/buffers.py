@@ -23,7 +23,7 @@ class Into:
 
     Raises:
         TypeError: `buffer` is not a tensor.
-        ValueError: `buffer` requires grad, is not floating point, or overlaps itself.
+        ValueError: `buffer` requires grad, was made in inference mode, is not floating point, or overlaps itself.
 
     Example:
         >>> total = torch.zeros(1024, 1024)
@@ -37,6 +37,8 @@ class Into:
             raise TypeError(f"Into: buffer is {type(buffer).__name__}; expected a torch.Tensor to write into")
         if buffer.requires_grad:
             raise ValueError("Into: buffer requires grad; pass buffer.detach(), or a tensor made without it")
+        if buffer.is_inference():
+            raise ValueError("Into: buffer is of inference mode, where backward may not write; make it outside of that")
         if not buffer.is_floating_point() or buffer.layout != torch.strided:
             raise ValueError(f"Into: buffer is {buffer.dtype}, {buffer.layout}; expected a dense floating-point tensor")
         if overlaps_itself(buffer):
@@ -81,8 +83,8 @@ def share_memory(t: torch.Tensor, u: torch.Tensor) -> bool:
     t, u = local(t), local(u)
     if t.device != u.device or not t.numel() or not u.numel():
         return False
-    if t.device.type == "meta" or t.layout != torch.strided or u.layout != torch.strided:
-        return False  # no memory, or none of this kind
+    if t.layout != torch.strided or u.layout != torch.strided or t.untyped_storage().device.type == "meta":
+        return False  # none of this kind, or, as of fake tensors, none at all
     (t0, t1), (u0, u1) = _range(t), _range(u)
     return t0 < u1 and u0 < t1
 

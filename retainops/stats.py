@@ -160,7 +160,7 @@ def parts_of(wanted: tuple[str, ...], over: str, g: torch.Tensor, value: torch.T
     if is_dtensor(g) and not any(name in KINDS for name in wanted):  # a relevance has a shape of its own
         dims, shape = reduced_dims(over, g.dim()), Stats("l2", over=over).shape(g.shape)
         return parts_of_shards(wanted, functools.partial(parts_of, wanted, over), g, value, dims, shape)
-    wide = g.to(torch.promote_types(g.dtype, torch.float32))
+    wide = g.to(torch.promote_types(g.dtype, torch.float32) if g.dtype.itemsize > 1 else torch.float32)  # float8: none
     dims = reduced_dims(over, g.dim())
 
     def add_up(x: torch.Tensor) -> torch.Tensor:
