@@ -103,6 +103,8 @@ def tap(
     `as_view`: what comes back is a view, which PyTorch refuses to change in place. So it must be where others may have
     the value too: the change would reach theirs, and their gradients would not know.
     """
+    if leaf is None:
+        check_no_transform(op)  # first: inside torch.vmap nothing requires grad
     if not (value.requires_grad and records()):
         raise no_grad(op, slot.name)
     if value.is_nested:
@@ -111,8 +113,6 @@ def tap(
             "the values, x.values(), or leave out retain="
         )
     check_not_recorded(op, slot.name)
-    if leaf is None:
-        check_no_transform(op)
     if torch.compiler.is_compiling():
         over = "tensor"
         part: Places = ()
