@@ -36,7 +36,7 @@ class Tap(torch.autograd.Function):
         if ctx.slot.takes_value:
             ctx.save_for_backward(x)
         # Not view_as, which gives dims of size 1 other strides.
-        return torch.ops.aten.alias(x) if as_view else x.detach()
+        return torch.ops.aten.alias(x) if as_view and x.layout is torch.strided else x.detach()
 
     @staticmethod
     @untraced

@@ -219,7 +219,7 @@ def count(g: torch.Tensor, over: str) -> torch.Tensor:
 
 def hist(wide: torch.Tensor) -> torch.Tensor:
     """Counts by the exponent field of float32."""
-    exponent = (wide.float().view(torch.int32) >> 23 & 255).reshape(-1).to(torch.int64)
+    exponent = (wide.float().resolve_neg().view(torch.int32) >> 23 & 255).reshape(-1).to(torch.int64)
     zeros = torch.zeros(HIST_BINS, dtype=torch.int64, device=wide.device)
     return zeros.scatter_add(0, exponent, torch.ones_like(exponent))
 

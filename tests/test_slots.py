@@ -94,6 +94,12 @@ def test_sparse_gradients() -> None:
         loss.backward()
 
 
+def test_a_sparse_value() -> None:
+    x, kept = torch.eye(3, requires_grad=True), ro.Retained("c")
+    torch.sparse.mm(ro.point(x.to_sparse(), "c", retain=kept), 2 * torch.eye(3)).sum().backward()
+    assert torch.equal(kept.c.grad.to_dense(), 2 * torch.eye(3))
+
+
 @pytest.mark.parametrize("used", [False, True], ids=["new", "used before"])
 def test_a_point_in_a_torch_func_transform(ab: tuple, used: bool) -> None:
     kept = ro.Retained("c")
