@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from retainops.shards import local
+from retainops.shards import is_dtensor, local
 
 
 class Into:
@@ -23,7 +23,8 @@ class Into:
 
     Raises:
         TypeError: `buffer` is not a tensor.
-        ValueError: `buffer` requires grad, was made in inference mode, is not floating point, or overlaps itself.
+        ValueError: `buffer` requires grad, was made in inference mode, is lazily negated, is not floating point, or
+            overlaps itself.
 
     Example:
         >>> total = torch.zeros(1024, 1024)
@@ -39,6 +40,8 @@ class Into:
             raise ValueError("Into: buffer requires grad; pass buffer.detach(), or a tensor made without it")
         if buffer.is_inference():
             raise ValueError("Into: buffer is of inference mode, where backward may not write; make it outside of that")
+        if buffer.is_neg():  # a kernel would write past that
+            raise ValueError("Into: buffer is a lazily negated view; pass a tensor such as torch.empty(shape)")
         if not buffer.is_floating_point() or buffer.layout != torch.strided:
             raise ValueError(f"Into: buffer is {buffer.dtype}, {buffer.layout}; expected a dense floating-point tensor")
         if overlaps_itself(buffer):
@@ -58,6 +61,15 @@ class Into:
                 f"{op}: the Into buffer for point '{point}' has shape {tuple(buffer.shape)}, {buffer.dtype}, on "
                 f"{buffer.device}; expected shape {tuple(shape)}, {dtype}, on {device}"
                 + ("" if dtype in (torch.float32, torch.float64) else " (or torch.float32)")
+            )
+
+    def check_kind(self, op: str, point: str, of_dtensor: bool) -> None:
+        """Raise if the gradient is a DTensor and the buffer none, or the other way round."""
+        if of_dtensor != is_dtensor(self.buffer):
+            one, other = ("a DTensor", "is none") if of_dtensor else ("no DTensor", "is one")
+            raise ValueError(
+                f"{op}: the gradient of point '{point}' is {one}, and its Into buffer {other}; give it a buffer of the "
+                "same kind, such as torch.zeros_like(the point's value)"
             )
 
     def __repr__(self) -> str:

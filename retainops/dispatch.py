@@ -24,6 +24,7 @@ from retainops.names import near
 from retainops.points import check_no_transform, check_not_recorded, no_grad, reader, records
 from retainops.registry import Op, find
 from retainops.retained import Retained
+from retainops.shards import is_dtensor
 from retainops.slots import Slot
 from retainops.wants import is_of_attention
 
@@ -201,7 +202,8 @@ def requested(op: Op, inputs: tuple[Any, ...], retain: Retained) -> Mapping[str,
         TypeError: `retain` is not a `Retained`.
         KeyError: it names a point that the op does not have.
         RuntimeError: no gradient will reach the points, or none could be kept (torch.func, torch.export).
-        ValueError: an `Into` buffer shares memory with an input, or what is wanted is for points of attention.
+        ValueError: an `Into` buffer shares memory with an input, or is a DTensor where no input is, or what is wanted
+            is for points of attention.
     """
     if not isinstance(retain, Retained):
         raise TypeError(
@@ -235,7 +237,11 @@ def requested(op: Op, inputs: tuple[Any, ...], retain: Retained) -> Mapping[str,
             raise no_grad(op.name, p.name, _named_inputs(op, p.inputs))
     check_apart(op.name, {name: slot.want for name, slot in retain.items()})
     for slot in retain.values():
-        if isinstance(slot.want, Into) and any(share_memory(slot.want.buffer, t) for t in tensors):
+        if not isinstance(slot.want, Into):
+            continue
+        if not any(map(is_dtensor, tensors)):
+            slot.want.check_kind(op.name, slot.name, of_dtensor=False)
+        if any(share_memory(slot.want.buffer, t) for t in tensors):
             raise ValueError(
                 f"{op.name}: the Into buffer for point '{slot.name}' shares memory with an input, which backward "
                 "still reads; pass a buffer of its own"

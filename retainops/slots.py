@@ -279,12 +279,7 @@ class Slot(Addressee):
         self.note_arrival()
         if isinstance(self.want, Into):
             with self._lock, torch.no_grad():
-                if is_dtensor(grad) != is_dtensor(self.want.buffer):
-                    one, other = ("a DTensor", "is none") if is_dtensor(grad) else ("no DTensor", "is one")
-                    raise ValueError(
-                        f"{op}: the gradient of point '{self.name}' is {one}, and its Into buffer {other}; give it "
-                        "a buffer of the same kind, such as torch.zeros_like(the point's value)"
-                    )
+                self.want.check_kind(op, self.name, is_dtensor(grad))
                 answer = self.answer(op, grad.shape, dtype, grad.device)
                 if answer.accumulate:
                     self.want.buffer.add_(grad)

@@ -139,6 +139,7 @@ def test_a_buffer_that_shares_memory_with_an_input(path: Path, ab: tuple) -> Non
         ([1.0], TypeError, "buffer is list; expected a torch.Tensor"),
         (torch.zeros(3, requires_grad=True), ValueError, r"requires grad; pass buffer.detach\(\)"),
         (torch.zeros(3, dtype=torch.int32), ValueError, "int32.*floating-point"),
+        (torch.zeros(3, dtype=torch.complex64).conj().imag, ValueError, "lazily negated"),
         (torch.inference_mode()(torch.zeros)(3), ValueError, "of inference mode.*outside"),
         (torch.zeros(1).expand(3), ValueError, "share memory"),
         (torch.zeros(3).unfold(0, 2, 1), ValueError, "share memory"),
