@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from retainops.shards import local
+from retainops.shards import is_dtensor, local
 
 
 class Into:
@@ -23,7 +23,8 @@ class Into:
 
     Raises:
         TypeError: `buffer` is not a tensor.
-        ValueError: `buffer` requires grad, is not floating point, or overlaps itself.
+        ValueError: `buffer` requires grad, was made in inference mode, is lazily negated, is not floating point, or
+            overlaps itself.
 
     Example:
         >>> total = torch.zeros(1024, 1024)
@@ -37,6 +38,10 @@ class Into:
             raise TypeError(f"Into: buffer is {type(buffer).__name__}; expected a torch.Tensor to write into")
         if buffer.requires_grad:
             raise ValueError("Into: buffer requires grad; pass buffer.detach(), or a tensor made without it")
+        if buffer.is_inference():
+            raise ValueError("Into: buffer is of inference mode, where backward may not write; make it outside of that")
+        if buffer.is_neg():  # a kernel would write past that
+            raise ValueError("Into: buffer is a lazily negated view; pass a tensor such as torch.empty(shape)")
         if not buffer.is_floating_point() or buffer.layout != torch.strided:
             raise ValueError(f"Into: buffer is {buffer.dtype}, {buffer.layout}; expected a dense floating-point tensor")
         if overlaps_itself(buffer):
@@ -56,6 +61,15 @@ class Into:
                 f"{op}: the Into buffer for point '{point}' has shape {tuple(buffer.shape)}, {buffer.dtype}, on "
                 f"{buffer.device}; expected shape {tuple(shape)}, {dtype}, on {device}"
                 + ("" if dtype in (torch.float32, torch.float64) else " (or torch.float32)")
+            )
+
+    def check_kind(self, op: str, point: str, of_dtensor: bool) -> None:
+        """Raise if the gradient is a DTensor and the buffer none, or the other way round."""
+        if of_dtensor != is_dtensor(self.buffer):
+            one, other = ("a DTensor", "is none") if of_dtensor else ("no DTensor", "is one")
+            raise ValueError(
+                f"{op}: the gradient of point '{point}' is {one}, and its Into buffer {other}; give it a buffer of the "
+                "same kind, such as torch.zeros_like(the point's value)"
             )
 
     def __repr__(self) -> str:
@@ -81,8 +95,8 @@ def share_memory(t: torch.Tensor, u: torch.Tensor) -> bool:
     t, u = local(t), local(u)
     if t.device != u.device or not t.numel() or not u.numel():
         return False
-    if t.device.type == "meta" or t.layout != torch.strided or u.layout != torch.strided:
-        return False  # no memory, or none of this kind
+    if t.layout != torch.strided or u.layout != torch.strided or t.untyped_storage().device.type == "meta":
+        return False  # none of this kind, or, as of fake tensors, none at all
     (t0, t1), (u0, u1) = _range(t), _range(u)
     return t0 < u1 and u0 < t1
 

@@ -21,9 +21,10 @@ from torch.autograd import forward_ad
 
 from retainops.buffers import Into, check_apart, share_memory
 from retainops.names import near
-from retainops.points import check_no_transform, check_not_recorded, no_grad, reader
+from retainops.points import check_no_transform, check_not_recorded, no_grad, reader, records
 from retainops.registry import Op, find
 from retainops.retained import Retained
+from retainops.shards import is_dtensor
 from retainops.slots import Slot
 from retainops.wants import is_of_attention
 
@@ -201,7 +202,8 @@ def requested(op: Op, inputs: tuple[Any, ...], retain: Retained) -> Mapping[str,
         TypeError: `retain` is not a `Retained`.
         KeyError: it names a point that the op does not have.
         RuntimeError: no gradient will reach the points, or none could be kept (torch.func, torch.export).
-        ValueError: an `Into` buffer shares memory with an input, or what is wanted is for points of attention.
+        ValueError: an `Into` buffer shares memory with an input, or is a DTensor where no input is, or what is wanted
+            is for points of attention.
     """
     if not isinstance(retain, Retained):
         raise TypeError(
@@ -228,16 +230,18 @@ def requested(op: Op, inputs: tuple[Any, ...], retain: Retained) -> Mapping[str,
     if torch.compiler.is_compiling():
         return retain  # what is left to check is nothing Dynamo can trace; taps check what they can
     tensors = [x for x in inputs if isinstance(x, torch.Tensor)]
-    # Inference mode makes no graph either, whatever grad mode says inside it.
-    records = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
-    if not (records and any(t.requires_grad for t in tensors)):
+    if not (records() and any(t.requires_grad for t in tensors)):
         raise no_grad(op.name, next(iter(retain)))
     for p in op.points:
         if p.inputs is not None and p.name in retain and not p.requires_grad(inputs):
             raise no_grad(op.name, p.name, _named_inputs(op, p.inputs))
     check_apart(op.name, {name: slot.want for name, slot in retain.items()})
     for slot in retain.values():
-        if isinstance(slot.want, Into) and any(share_memory(slot.want.buffer, t) for t in tensors):
+        if not isinstance(slot.want, Into):
+            continue
+        if not any(map(is_dtensor, tensors)):
+            slot.want.check_kind(op.name, slot.name, of_dtensor=False)
+        if any(share_memory(slot.want.buffer, t) for t in tensors):
             raise ValueError(
                 f"{op.name}: the Into buffer for point '{slot.name}' shares memory with an input, which backward "
                 "still reads; pass a buffer of its own"

@@ -36,7 +36,7 @@ class Tap(torch.autograd.Function):
         if ctx.slot.takes_value:
             ctx.save_for_backward(x)
         # Not view_as, which gives dims of size 1 other strides.
-        return torch.ops.aten.alias(x) if as_view else x.detach()
+        return torch.ops.aten.alias(x) if as_view and x.layout is torch.strided else x.detach()
 
     @staticmethod
     @untraced
@@ -103,7 +103,9 @@ def tap(
     `as_view`: what comes back is a view, which PyTorch refuses to change in place. So it must be where others may have
     the value too: the change would reach theirs, and their gradients would not know.
     """
-    if not value.requires_grad:
+    if leaf is None:
+        check_no_transform(op)  # first: inside torch.vmap nothing requires grad
+    if not (value.requires_grad and records()):
         raise no_grad(op, slot.name)
     if value.is_nested:
         raise RuntimeError(
@@ -111,8 +113,6 @@ def tap(
             "the values, x.values(), or leave out retain="
         )
     check_not_recorded(op, slot.name)
-    if leaf is None:
-        check_no_transform(op)
     if torch.compiler.is_compiling():
         over = "tensor"
         part: Places = ()
@@ -167,8 +167,8 @@ def point(x: torch.Tensor, name: str, *, retain: Retained | None = None) -> torc
 
     Raises:
         TypeError: `retain` is not a `Retained`.
-        RuntimeError: x does not require grad, the slot was used with another shape and not reset since, or a torch.func
-            transform is active.
+        RuntimeError: x does not require grad, grad mode is off, the slot was used with another shape and not reset
+            since, or a torch.func transform is active.
 
     Example:
         >>> @torch.compile(fullgraph=True)
@@ -182,6 +182,14 @@ def point(x: torch.Tensor, name: str, *, retain: Retained | None = None) -> torc
         raise TypeError(f'point: retain is {type(retain).__name__}; expected retainops.Retained, as Retained("{name}")')
     slot = retain.get(name)
     return x if slot is None else tap("point", slot, x, as_view=True)
+
+
+def records() -> bool:
+    """Whether autograd makes a graph of what is computed here."""
+    if not torch.is_grad_enabled():
+        return False
+    # Inference mode makes none either, whatever grad mode says inside it. (Not every Dynamo knows the question.)
+    return torch.compiler.is_compiling() or not torch.is_inference_mode_enabled()
 
 
 def no_grad(op: str, name: str, of: str = "") -> RuntimeError:

@@ -43,6 +43,7 @@ def _of(slot: Slot) -> dict[str, torch.Tensor]:
     read = {what: getattr(slot, what) for what in names}
     found = {what: t.detach() for what, t in read.items() if t is not None}
     if "l2" not in names and slot.grad is not None:
-        (sum_of_squares,) = parts_of(("sumsq",), "tensor", slot.grad.detach(), None)
+        grad = slot.grad.detach()
+        (sum_of_squares,) = parts_of(("sumsq",), "tensor", grad.abs() if grad.is_complex() else grad, None)
         found["l2"] = total(sum_of_squares).sqrt()
     return found

@@ -94,6 +94,9 @@ class Retained(Mapping[str, Slot]):
     def __contains__(self, name: object) -> bool:
         return name in self._slots
 
+    def get(self, name: str, default: Slot | None = None) -> Slot | None:  # type: ignore[override]
+        return self._slots.get(name, default)  # every point asks; that of `Mapping` searches for what else was meant
+
     def values(self) -> ValuesView[Slot]:
         return self._slots.values()  # a view of `Mapping` looks up each one by its name: every call iterates over them
 

@@ -235,8 +235,7 @@ class Slot(Addressee):
         if isinstance(self.want, Into):
             buffer = self.want.buffer
             self.want.check(op, self.name, shape, dtype, device)
-            if not buffer.is_inference():
-                torch.autograd.graph.increment_version(buffer)  # a kernel's writes are otherwise unknown to autograd
+            torch.autograd.graph.increment_version(buffer)  # a kernel's writes are otherwise unknown to autograd
             return Answer(buffer, self.want.accumulate or self._filled, None, None)
         if isinstance(self.want, Relevance):
             return Answer(None, False, None, None)
@@ -271,19 +270,16 @@ class Slot(Addressee):
         """
         dtype = grad.dtype if leaf is None else leaf.dtype
         if isinstance(self.want, (Into, Stats)) and not torch._C._has_storage(grad):
+            batched = "batched (is_grads_batched, or a vectorised jacobian)", ", or go through the batch in a loop"
+            kind, more = batched if grad.layout is torch.strided else (f"of the layout {grad.layout}", "")
             raise RuntimeError(
-                f"{op}: point '{self.name}' was asked for {self.want}, and its gradient is batched (is_grads_batched, "
-                f"or a vectorised jacobian); ask for the gradient itself, or go through the batch in a loop"
+                f"{op}: point '{self.name}' was asked for {self.want}, and its gradient is {kind}; "
+                f"ask for the gradient itself{more}"
             )
         self.note_arrival()
         if isinstance(self.want, Into):
             with self._lock, torch.no_grad():
-                if is_dtensor(grad) != is_dtensor(self.want.buffer):
-                    one, other = ("a DTensor", "is none") if is_dtensor(grad) else ("no DTensor", "is one")
-                    raise ValueError(
-                        f"{op}: the gradient of point '{self.name}' is {one}, and its Into buffer {other}; give it "
-                        "a buffer of the same kind, such as torch.zeros_like(the point's value)"
-                    )
+                self.want.check_kind(op, self.name, is_dtensor(grad))
                 answer = self.answer(op, grad.shape, dtype, grad.device)
                 if answer.accumulate:
                     self.want.buffer.add_(grad)
@@ -312,7 +308,9 @@ class Slot(Addressee):
     def _is_finite(self) -> bool | None:
         """Whether the gradient is; None: there is none. Reads a value, so it waits for the GPU."""
         if self.grad is not None:
-            (count,) = parts_of(("nonfinite",), "tensor", self.grad.detach(), None)
+            grad = self.grad.detach()
+            values = grad.coalesce().values() if grad.is_sparse else grad
+            (count,) = parts_of(("nonfinite",), "tensor", values, None)
             return not bool(total(count))  # of a DTensor, on every rank the same
         found = self.nonfinite if isinstance(self.want, Stats) and self._tells_nonfinite() else None
         return None if found is None else not bool(found.any())

@@ -160,7 +160,7 @@ def parts_of(wanted: tuple[str, ...], over: str, g: torch.Tensor, value: torch.T
     if is_dtensor(g) and not any(name in KINDS for name in wanted):  # a relevance has a shape of its own
         dims, shape = reduced_dims(over, g.dim()), Stats("l2", over=over).shape(g.shape)
         return parts_of_shards(wanted, functools.partial(parts_of, wanted, over), g, value, dims, shape)
-    wide = g.to(torch.promote_types(g.dtype, torch.float32))
+    wide = g.to(torch.promote_types(g.dtype, torch.float32) if g.dtype.itemsize > 1 else torch.float32)  # float8: none
     dims = reduced_dims(over, g.dim())
 
     def add_up(x: torch.Tensor) -> torch.Tensor:
@@ -219,7 +219,7 @@ def count(g: torch.Tensor, over: str) -> torch.Tensor:
 
 def hist(wide: torch.Tensor) -> torch.Tensor:
     """Counts by the exponent field of float32."""
-    exponent = (wide.float().view(torch.int32) >> 23 & 255).reshape(-1).to(torch.int64)
+    exponent = (wide.float().resolve_neg().view(torch.int32) >> 23 & 255).reshape(-1).to(torch.int64)
     zeros = torch.zeros(HIST_BINS, dtype=torch.int64, device=wide.device)
     return zeros.scatter_add(0, exponent, torch.ones_like(exponent))
 

@@ -58,7 +58,13 @@ def case_dtensor_into() -> Any:
     ro.mul_sin(x.requires_grad_(), 2.0, retain=kept).sum().backward()
     plain = ro.Retained(c=ro.Into(torch.zeros(5, 3, 7)))
     y = ro.mul_sin(x, 2.0, retain=plain)
-    return {"buffer": buffer.full_tensor(), "same": kept.c.grad is buffer, "plain": error_of(y.sum().backward)}
+    other = error_of(lambda: ro.mul_sin(uneven().requires_grad_(), 2.0, retain=kept))
+    return {
+        "buffer": buffer.full_tensor(),
+        "same": kept.c.grad is buffer,
+        "plain": error_of(y.sum().backward),
+        "other": other,
+    }
 
 
 def case_dtensor_compiled() -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import retainops as ro
 from retainops.buffers import have_in_common, overlaps_itself, share_memory
@@ -138,6 +139,8 @@ def test_a_buffer_that_shares_memory_with_an_input(path: Path, ab: tuple) -> Non
         ([1.0], TypeError, "buffer is list; expected a torch.Tensor"),
         (torch.zeros(3, requires_grad=True), ValueError, r"requires grad; pass buffer.detach\(\)"),
         (torch.zeros(3, dtype=torch.int32), ValueError, "int32.*floating-point"),
+        (torch.zeros(3, dtype=torch.complex64).conj().imag, ValueError, "lazily negated"),
+        (torch.inference_mode()(torch.zeros)(3), ValueError, "of inference mode.*outside"),
         (torch.zeros(1).expand(3), ValueError, "share memory"),
         (torch.zeros(3).unfold(0, 2, 1), ValueError, "share memory"),
     ],
@@ -145,6 +148,14 @@ def test_a_buffer_that_shares_memory_with_an_input(path: Path, ab: tuple) -> Non
 def test_what_into_refuses(buffer, error, message: str) -> None:
     with pytest.raises(error, match=f"Into: .*{message}"):
         ro.Into(buffer)
+
+
+def test_fake_buffers_share_no_memory() -> None:
+    with FakeTensorMode():
+        x, buffers = torch.zeros(3, requires_grad=True), [torch.zeros(3), torch.zeros(3)]
+        kept = ro.Retained(c=ro.Into(buffers[0]), d=ro.Into(buffers[1]))
+        ro.mul_sin(x, x, retain=ro.Retained.of({"c": kept.c})).sum().backward()
+        assert kept.c.grad is buffers[0]
 
 
 def test_into_refuses_another_shape_too(path: Path, ab: tuple) -> None:

@@ -333,6 +333,14 @@ def test_unknown_point_of_an_op() -> None:
     counters.clear()
 
 
+def test_a_name_that_is_not_asked_for_beside_many_like_it() -> None:
+    """What it may have meant is looked for in errors alone: Dynamo cannot trace that."""
+    kept = ro.Retained("hidden_a", "hidden_b", "hidden_c", "hidden_d")
+    x = torch.randn(3, requires_grad=True)
+    f = torch.compile(lambda x: ro.point(x * 2, "hidden_e", retain=kept).sin(), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(f(x), torch.sin(x * 2))
+
+
 def test_mixing_eager_and_compiled_uses() -> None:
     (a, b), kept = pair(3, 4), request(ro.Stats("sum", grad=True))
     (expression(a, b, kept) + compiled()(a, b, kept)).sum().backward()

@@ -194,3 +194,15 @@ def test_retain_inside_a_torch_func_transform() -> None:
     model = ro.nn.MulSin(2.0)
     with pytest.raises(RuntimeError, match="mul_sin: retain= inside a torch.func transform"), ro.retain(model):
         torch.func.grad(lambda x: model(x).sum())(torch.ones(3))
+
+
+@pytest.mark.parametrize("module", [ro.nn.MulSin(2.0), ro.nn.Point()], ids=["op", "point"])
+def test_retain_inside_vmap(module: nn.Module) -> None:
+    """There nothing says that it requires grad, and so the request would be left alone."""
+    x = torch.ones(2, 3, requires_grad=True)
+    with pytest.raises(RuntimeError, match=r"retain= inside a torch.func transform"), ro.retain(module):
+        torch.vmap(module)(x)
+    with ro.retain(module) as kept:
+        torch.vmap(module)(x.detach())  # as any module that no gradient reaches
+        module(x).sum().backward()
+    assert next(iter(kept.values())).grad.shape == (2, 3)

@@ -120,6 +120,8 @@ def test_error_where_no_gradient_arrives(path: Path, ab: tuple, why: str) -> Non
     kept = ro.Retained("c")
     with mode(), pytest.raises(RuntimeError, match="can't retain_grad on Tensor that has requires_grad=False"):
         ro.mul_sin(a, b, retain=kept)
+    with mode(), pytest.raises(RuntimeError, match="can't retain_grad on Tensor that has requires_grad=False"):
+        ro.point(a, "c", retain=kept)  # which may require grad itself: no graph would be made here all the same
     assert kept.c.shape is None
 
 

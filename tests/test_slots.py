@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from torch.nn.functional import embedding
 
 import retainops as ro
 from tests import slot_cases
@@ -78,6 +79,25 @@ def test_a_batched_gradient_goes_to_no_buffer_and_no_statistic(path: Path, ab: t
     y = ro.mul_sin(*ab, retain=kept)
     with pytest.raises(RuntimeError, match=rf"mul_sin: point 'c' was asked for {want}.* batched .* in a loop"):
         torch.autograd.grad(y, ab[0], torch.ones(2, 6, 50, device=path.device), is_grads_batched=True)
+
+
+def test_sparse_gradients() -> None:
+    weight, rows = torch.randn(5, 3, requires_grad=True), torch.tensor([1, 2, 2])
+    kept = ro.Retained("c")
+    embedding(rows, ro.point(weight, "c", retain=kept), sparse=True).sum().backward()
+    assert kept.c.grad.is_sparse
+    assert torch.equal(kept.c.grad.to_dense(), weight.grad.to_dense())
+    assert kept.first_nonfinite() is None
+    kept = ro.Retained(c=ro.Stats("l2"))
+    loss = embedding(rows, ro.point(weight, "c", retain=kept), sparse=True).sum()
+    with pytest.raises(RuntimeError, match=r"asked for Stats\(l2\), and its gradient is of the layout torch.sp"):
+        loss.backward()
+
+
+def test_a_sparse_value() -> None:
+    x, kept = torch.eye(3, requires_grad=True), ro.Retained("c")
+    torch.sparse.mm(ro.point(x.to_sparse(), "c", retain=kept), 2 * torch.eye(3)).sum().backward()
+    assert torch.equal(kept.c.grad.to_dense(), 2 * torch.eye(3))
 
 
 @pytest.mark.parametrize("used", [False, True], ids=["new", "used before"])

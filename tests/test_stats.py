@@ -255,6 +255,22 @@ def test_requests_that_make_no_sense(make, message: str) -> None:
         make()
 
 
+def test_a_lazily_negated_gradient() -> None:
+    """As that of what becomes the imaginary part of a conjugate."""
+    x, kept = torch.ones(3, requires_grad=True), ro.Retained(c=ro.Stats("sum", "hist"))
+    negated = torch.full((3,), 1 + 2j).conj().imag
+    assert negated.is_neg()
+    ro.point(x, "c", retain=kept).backward(negated)
+    assert (kept.c.sum.item(), kept.c.hist[128].item()) == (-6.0, 3)
+
+
+def test_float8() -> None:
+    a = torch.tensor([1.0, -2.0, 0.5], requires_grad=True)
+    kept = ro.Retained(c=ro.Stats("sum", "act_grad", grad=True))
+    (ro.point(a.to(torch.float8_e4m3fn), "c", retain=kept).float() * torch.tensor([1.0, 2.0, 4.0])).sum().backward()
+    assert (kept.c.sum.item(), kept.c.act_grad.item(), kept.first_nonfinite()) == (7.0, -1.0, None)
+
+
 def test_what_cannot_be_taken(path: Path) -> None:
     a = torch.ones((), device=path.device, requires_grad=True)
     with pytest.raises(ValueError, match=r"mul_sin: Stats\(over='rows'\) of point 'c', which has no dims"):

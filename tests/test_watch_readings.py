@@ -16,6 +16,7 @@ import torch
 import retainops as ro
 from retainops.integrations.jsonl import JsonLines
 from retainops.integrations.tensorboard import TensorBoard
+from retainops.readings import read
 from tests.small_model import D, collect, make, oracle, requests_in, train
 from tests.test_integrations import Chain, live_table
 
@@ -83,6 +84,12 @@ def test_a_sink_that_fails_is_heard_and_leaves_the_model_alone() -> None:
     with pytest.raises(ZeroDivisionError), ro.watch(model, to=lambda step, _: 1 / step) as watcher:
         train(model, x, watcher, 1)
     assert not requests_in(model)
+
+
+def test_the_l2_of_a_complex_gradient() -> None:
+    x, kept = torch.ones(4, dtype=torch.complex64, requires_grad=True), ro.Retained("c")
+    ro.point(x, "c", retain=kept).backward(torch.full((4,), 3 + 4j))
+    assert read(kept) == {"c": {"l2": 10.0}}
 
 
 def test_gradients_kept_whole_are_there_for_the_sinks_and_gone_after() -> None:

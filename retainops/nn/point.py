@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from retainops.nn._several import call_with_several
-from retainops.points import tap
+from retainops.points import check_no_transform, records, tap
 from retainops.registry import Op, PointInfo
 from retainops.retained import Retained
 
@@ -169,7 +169,7 @@ def _part_of(request: Retained, names: Sequence[str]) -> Retained | None:
 def note_grad_mode(requests: tuple[Retained, ...]) -> None:
     """Remember whether requests were met where grad mode is on, or off: `ro.retain` warns if it was always off."""
     if requests and not torch.compiler.is_compiling():
-        is_on = torch.is_grad_enabled()
+        is_on = records()
         for request in requests:
             if is_on:
                 request.with_grad = True
@@ -178,5 +178,23 @@ def note_grad_mode(requests: tuple[Retained, ...]) -> None:
 
 
 def gradients_reach(*inputs: Any) -> bool:
-    """Whether anything computed from these inputs can have a gradient."""
-    return torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs)
+    """Whether anything computed from these inputs can have a gradient.
+
+    Raises:
+        RuntimeError: it comes from outside a torch.vmap, inside of which a request would get nothing.
+    """
+    if not records():
+        return False
+    tensors = [x for x in inputs if isinstance(x, torch.Tensor)]
+    if any(x.requires_grad for x in tensors):
+        return True
+    if not torch.compiler.is_compiling() and any(map(_is_reached_from_outside, tensors)):
+        check_no_transform("retain")
+    return False
+
+
+def _is_reached_from_outside(x: torch.Tensor) -> bool:
+    """Whether a batch that torch.vmap took apart requires grad, which its parts do not say."""
+    while torch._C._functorch.is_batchedtensor(x):
+        x = torch._C._functorch.get_unwrapped(x)
+    return x.requires_grad
