@@ -83,6 +83,24 @@ def test_no_spills(op: Op, width: int, dtype: torch.dtype, target: str, most: bo
 
 
 @pytest.mark.parametrize(
+    ("op", "width", "dtype", "at_work"),
+    [
+        (LAYER_NORM, 32768, torch.bfloat16, 2),
+        (ADD_RMS_NORM, 65536, torch.float32, 1),
+        (ADD_LAYER_NORM, 40001, torch.bfloat16, 1),
+    ],
+    ids=lambda x: getattr(x, "name", str(x)),
+)
+def test_rows_in_chunks_are_few_at_a_time(op: Op, width: int, dtype: torch.dtype, at_work: int) -> None:
+    """Of a multiprocessor's 65,536 registers they take what leaves the L2 room for all that are at work."""
+    inputs = inputs_of(op, 8, width, device="cpu", dtype=dtype)
+    with torch.no_grad():
+        (report,) = static_report(lambda: op.call(*inputs))
+    assert_no_spills(report)
+    assert 65536 // (report.registers * 32 * report.num_warps) == at_work, str(report)
+
+
+@pytest.mark.parametrize(
     ("op", "width", "dtype"),
     [(RMS_NORM, 4096, torch.bfloat16), (ADD_LAYER_NORM, 8192, torch.float32)],
     ids=lambda x: getattr(x, "name", str(x)),
