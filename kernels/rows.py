@@ -158,7 +158,8 @@ def add_to_lanes(
     if CENTRED:
         away = x - mean
         one = tl.full((1, 1), 1.0, x.dtype)
-        more = mean + away * divide(one, one * (i + 1))
+        # Division is approximate here, in float32. Not for the first element, which the mean is then, exactly.
+        more = mean + away * tl.where(i == 0, one, one / (one * (i + 1)))
         away *= x - more
         if WHOLE:
             return more, square + away

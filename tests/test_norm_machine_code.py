@@ -86,6 +86,8 @@ def test_no_spills(op: Op, width: int, dtype: torch.dtype, target: str, most: bo
     ("op", "width", "dtype", "at_work"),
     [
         (LAYER_NORM, 32768, torch.bfloat16, 2),
+        (LAYER_NORM, 32768, torch.float32, 1),
+        (RMS_NORM, 65536, torch.bfloat16, 2),
         (ADD_RMS_NORM, 65536, torch.float32, 1),
         (ADD_LAYER_NORM, 40001, torch.bfloat16, 1),
     ],

@@ -39,7 +39,7 @@ if HAS_TRITON:
 
 Tensor = torch.Tensor
 ROW_OF_TWO = 128 * 1024
-"""Bytes of a row that is read twice, up to which a multiprocessor works on two: the L2 holds so many of all of them."""
+"""Bytes of a row that is read twice, up to which a multiprocessor may work on two: the L2 holds those of all."""
 
 
 def forward_tiling(n: int, x: torch.dtype, held: torch.dtype, centred: bool, residual: bool) -> Tiling:
@@ -51,8 +51,9 @@ def forward_tiling(n: int, x: torch.dtype, held: torch.dtype, centred: bool, res
         return FORWARD_IN_EIGHTS
     simple = not (centred or residual) and held == torch.float32  # x and a weight are all that it has in hand
     fitting = (FORWARD, FORWARD_OF_WIDE, *([FORWARD_OF_WIDER] if simple else []))
-    alone = n * x.itemsize * (1 + residual) > ROW_OF_TWO
-    chunks = FORWARD_IN_CHUNKS_ALONE if alone else FORWARD_IN_CHUNKS
+    crowded = centred and (residual or x.itemsize > 2)  # more than the 64 registers a thread of which two have room
+    two = n * x.itemsize * (1 + residual) <= ROW_OF_TWO and not crowded
+    chunks = FORWARD_IN_CHUNKS if two else FORWARD_IN_CHUNKS_ALONE
     return next((t for tiling in fitting if n <= (t := tiling.held_in(held)).widest), chunks.held_in(held))
 
 
