@@ -70,9 +70,7 @@ def norm_fwd_kernel(
         for n in tl.range(0, SHAPE[-1], BLOCK_N, num_stages=STAGES):
             at = straight_tile(i, n, SHAPE, BLOCK_M, BLOCK_N, WHOLE)
             x = summed(X, R, S, at, SHAPE, DTYPE, BLOCK_M, BLOCK_N, AGAIN)
-            mean, square = add_to_lanes(
-                mean, square, x, n // BLOCK_N, at, SHAPE, MEAN.ptr is not None, WHOLE, BLOCK_M, BLOCK_N
-            )
+            mean, square = add_to_lanes(mean, square, x, n // BLOCK_N, at, SHAPE, MEAN.ptr is not None, WHOLE, BLOCK_N)
         mean, square = moments_of_lanes(mean, square, SHAPE, MEAN.ptr is not None, BLOCK_N)
         at = straight_tile(i, 0, SHAPE, BLOCK_M, BLOCK_N, WHOLE)
         rstd = stored(MEAN, RSTD, mean, square, eps, at, SHAPE, BLOCK_M)

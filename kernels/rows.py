@@ -139,18 +139,7 @@ def centred(x, mean, at, SHAPE, WHOLE: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def add_to_lanes(
-    mean,
-    square,
-    x,
-    i,
-    at,
-    SHAPE,
-    CENTRED: tl.constexpr,
-    WHOLE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+def add_to_lanes(mean, square, x, i, at, SHAPE, CENTRED: tl.constexpr, WHOLE: tl.constexpr, BLOCK_N: tl.constexpr):
     """The moments of each lane's own elements, with chunk number i of a row, x. Welford 1962.
 
     No lane waits for another one before the row is over.
