@@ -27,7 +27,9 @@ if HAS_TRITON:
     FORWARD_OF_WIDE = Tiling(widest=16384, elements=16384, chunk=16384, a_thread=64)
     FORWARD_OF_WIDER = Tiling(widest=32768, elements=32768, chunk=16384, a_thread=32)  # in 32 warps, of 64 registers
     FORWARD_IN_CHUNKS = Tiling(widest=0, elements=8192, chunk=8192, a_thread=16)
-    FORWARD_IN_CHUNKS_ALONE = FORWARD_IN_CHUNKS._replace(a_thread=8)  # in 32 warps: a program has a multiprocessor
+    # In 32 warps of more than 32 registers: a program has a multiprocessor to itself.
+    FORWARD_IN_CHUNKS_ALONE = FORWARD_IN_CHUNKS._replace(a_thread=8)
+    FORWARD_IN_LONG_CHUNKS_ALONE = FORWARD_IN_CHUNKS._replace(elements=16384, chunk=16384)
     FORWARD_IN_EIGHTS = Tiling(widest=1024, elements=1024, chunk=1024, a_thread=8)
     FORWARD_UNALIGNED = Tiling(widest=8192, elements=2048, chunk=4096, a_thread=32)
     FORWARD_UNALIGNED_IN_CHUNKS = Tiling(widest=0, elements=4096, chunk=4096)
@@ -51,9 +53,10 @@ def forward_tiling(n: int, x: torch.dtype, held: torch.dtype, centred: bool, res
         return FORWARD_IN_EIGHTS
     simple = not (centred or residual) and held == torch.float32  # x and a weight are all that it has in hand
     fitting = (FORWARD, FORWARD_OF_WIDE, *([FORWARD_OF_WIDER] if simple else []))
-    crowded = centred and (residual or x.itemsize > 2)  # more than the 64 registers a thread of which two have room
-    two = n * x.itemsize * (1 + residual) <= ROW_OF_TWO and not crowded
-    chunks = FORWARD_IN_CHUNKS if two else FORWARD_IN_CHUNKS_ALONE
+    # With means, too, a thread of 16 elements takes more than the 64 registers of which two programs have room.
+    two = n * x.itemsize * (1 + residual) <= ROW_OF_TWO and not centred
+    one = FORWARD_IN_CHUNKS_ALONE if centred or residual else FORWARD_IN_LONG_CHUNKS_ALONE
+    chunks = FORWARD_IN_CHUNKS if two else one
     return next((t for tiling in fitting if n <= (t := tiling.held_in(held)).widest), chunks.held_in(held))
 
 
