@@ -196,11 +196,10 @@ class Kept:
 
     def unflatten(self, dim: int, sizes: tuple[int, int]) -> None:
         """Be walked over with one dim as two."""
-        tensor, small = self.tensor, self.summed
-        self.tensor = None if tensor is None else tensor.unflatten(dim, sizes)
+        self.tensor = None if self.tensor is None else self.tensor.unflatten(dim, sizes)
         self.broadcast = torch.Size((*self.shape[:dim], *sizes, *self.shape[dim + 1 :]))
         if self.stats is not None and self.stats.over == "rows":
-            self.summed = [torch.Size((*s[:dim], *sizes, *s[dim + 1 :])) for s in small]
+            self.summed = [torch.Size((*small[:dim], *sizes, *small[dim + 1 :])) for small in self.summed]
 
     def key(self) -> Hashable:
         """All that its place depends on."""
