@@ -1,13 +1,15 @@
-"""RMSNorms with a gate after them, as hybrid language models of transformers have them after their linear attention."""
+"""RMSNorms with a gate, as hybrid language models of transformers have them after linear attention or a state space."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
 
-from retainops.fusing.norms import LlamaRMSNorm
+from retainops.fusing.norms import LlamaRMSNorm, epsilon, weight_of
 from retainops.ops.gated import GATED
+from retainops.ops.norm import RMS_NORM
 from retainops.points import unretained
 from retainops.registry import PointInfo
 
@@ -43,6 +45,37 @@ class WideGatedRMSNorm(GatedRMSNorm):
     widens = True
 
 
-KINDS: tuple[type[GatedRMSNorm], ...] = GatedRMSNorm, WideGatedRMSNorm
+class GateFirstRMSNorm(LlamaRMSNorm):
+    """Mamba 2's: norm(x * silu(gate)) in float32, each group of the channels by itself; then the weight."""
+
+    def point_infos(self) -> tuple[PointInfo, ...]:
+        gate, up = PointInfo("gate", "gate", "of gate"), PointInfo("up", "x", "of x")
+        grouped = (dataclasses.replace(p, shape="(..., groups, channels of a group)") for p in self.op.points)
+        return gate, up, PointInfo("act", "silu(gate)", "of gate"), *grouped
+
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        if gate is None:
+            return self.fused_from.forward(self, x)  # type: ignore[union-attr]
+        gate, up = self.point("gate", gate), self.point("up", x)
+        gated = self.call(gate.float(), up.float(), op=UNITS["silu"])
+        return _scaled(self, self.call(_grouped(self, gated), None, epsilon(self), 0.0, False), x)
+
+    @classmethod
+    def plain(cls, module: Any, x: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
+        gated = UNITS["silu"].reference(gate.float(), x.float(), unretained)
+        return _scaled(
+            module, RMS_NORM.reference(_grouped(module, gated), None, epsilon(module), 0.0, False, unretained), x
+        )
+
+
+def _grouped(module: Any, x: Tensor) -> Tensor:
+    return x.unflatten(-1, (-1, module.group_size))
+
+
+def _scaled(module: Any, y: Tensor, x: Tensor) -> Tensor:
+    return weight_of(module) * y.flatten(-2).to(x.dtype)
+
+
+KINDS: tuple[type[LlamaRMSNorm], ...] = GatedRMSNorm, WideGatedRMSNorm, GateFirstRMSNorm
 UNITS = {"silu": GATED["swiglu"], "swish": GATED["swiglu"], "sigmoid": GATED["glu"]}
 """From the name of an activation, as transformers has it, to the unit."""

@@ -19,7 +19,10 @@ NORMS = {
     "olmo_hybrid": "OlmoHybridRMSNormGated",
     "kimi_linear": "KimiLinearRMSNormGated",  # rounded once, sigmoid
     "lara_mini": "LaraMiniRMSNormGated",  # rounded once, silu
+    "mamba2": "MambaRMSNormGated",  # its gate comes first, silu
+    "zamba2": "Zamba2RMSNormGated",
 }
+GROUPED = {"group_size": N // 2}
 over_norms = pytest.mark.parametrize("norm", NORMS, indirect=True)
 
 
@@ -27,7 +30,7 @@ over_norms = pytest.mark.parametrize("norm", NORMS, indirect=True)
 def norm(request: pytest.FixtureRequest) -> nn.Module:
     name = request.param
     module = pytest.importorskip(f"transformers.models.{name}.modeling_{name}", reason="an older transformers")
-    norm: nn.Module = getattr(module, NORMS[name])(N)
+    norm: nn.Module = getattr(module, NORMS[name])(N, **GROUPED if name in ("mamba2", "zamba2") else {})
     with torch.no_grad():
         norm.weight.copy_(torch.linspace(0.6, 1.5, N))
     return norm
@@ -69,12 +72,14 @@ def test_values_and_gradients(norm: nn.Module, dtype: torch.dtype) -> None:
 def test_points(norm: Any, compiled: bool) -> None:
     torch._dynamo.reset()
     x, gate = inputs()
-    wide = torch.sigmoid if norm.activation == "sigmoid" else torch.nn.functional.silu
-    xhat = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.variance_epsilon)
-    act, up = wide(gate), xhat * norm.weight
+    wide = torch.sigmoid if getattr(norm, "activation", None) == "sigmoid" else torch.nn.functional.silu
+    act, first = wide(gate), hasattr(norm, "group_size")
+    groups = (x * act).unflatten(-1, (2, -1)) if first else x
+    xhat = groups * torch.rsqrt(groups.square().mean(-1, keepdim=True) + norm.variance_epsilon)
+    up = x if first else xhat * norm.weight
     for value in (xhat, act, up):
         value.retain_grad()
-    (up * act).square().sum().backward()
+    (xhat.flatten(-2) * norm.weight if first else up * act).square().sum().backward()
     expected = {"xhat": xhat.grad, "y": xhat.grad, "gate": gate.grad, "up": up.grad, "act": act.grad}
     ro.fuse(norm)
     call = torch.compile(norm, fullgraph=True, backend="aot_eager") if compiled else norm
@@ -95,3 +100,14 @@ def test_an_activation_that_is_set_later(norm: Any) -> None:
         ro.unfuse(other)
         for a, b in zip(ours, step(other, x, gate), strict=True):
             torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("norm", ["mamba2"], indirect=True)
+def test_a_gate_that_is_not_there(norm: Any) -> None:
+    x, _ = inputs()
+    expected = norm(x)
+    ro.fuse(norm)
+    assert torch.equal(norm(x), expected)
+    wrong = torch.ones(1, N + 1)
+    with pytest.raises(RuntimeError):
+        norm(wrong, wrong)
