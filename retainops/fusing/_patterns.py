@@ -1,10 +1,12 @@
 """Patterns of code: what they match, and what comes in its place.
 
 A pattern is Python. In it a name in capitals stands for any expression but a literal, `self.NAME` in capitals for any
-attribute, and another name for any variable, the same one throughout; one that starts with "_" must be used nowhere
-else. `self` is the first parameter, whatever its name; in what processors.py looks at, the second. The name of a
-function that is called stands for itself; in capitals for whatever is called by name, an attribute of self or a global
-function. Of a call's arguments `*REST` and `**REST` stand for those that are left.
+attribute, and another name for any variable, the same one throughout: one that the pattern does not assign to stands
+for none that it assigns to, and one that starts with "_" must be used nowhere else. `self` is the first parameter,
+whatever its name; in what processors.py looks at, the second. The name of a function that is called stands for itself;
+in capitals for whatever is called by name, an attribute of self or a global function. Of a call's arguments `*REST` and
+`**REST` stand for those that are left; a name in capitals that is the first statement of a block stands for all that
+the others leave of it.
 """
 
 from __future__ import annotations
@@ -70,7 +72,7 @@ def needed(pattern: Pattern) -> frozenset[Any]:
         if name is not None and not name.isupper():
             marks.add(name)
         # Names may stand for anything, and `*REST` for no argument at all.
-        if not isinstance(node, (ast.Name, ast.expr_context)) and not _rest(node).isupper():
+        if not isinstance(node, (ast.Name, ast.expr_context)) and not (_rest(node) or _block(node)).isupper():
             marks.add(type(node))
     return frozenset(marks)
 
@@ -86,6 +88,9 @@ def there(tree: ast.AST) -> frozenset[Any]:
 def bind(pattern: Any, node: Any, found: Found) -> bool:
     """Whether a node is what a pattern says, given what its names stand for so far; they are added to."""
     if isinstance(pattern, list):
+        if pattern and _block(pattern[0]).isupper():
+            left = len(node) - len(pattern) + 1
+            found[_block(pattern[0])], pattern, node = node[: max(left, 0)], pattern[1:], node[max(left, 0) :]
         return len(pattern) == len(node) and all(bind(p, n, found) for p, n in zip(pattern, node, strict=True))
     if not isinstance(pattern, ast.AST):
         return bool(pattern == node)
@@ -133,6 +138,11 @@ def _rest(node: Any) -> str:
     return node.value.id if starred and isinstance(node.value, ast.Name) else ""
 
 
+def _block(node: Any) -> str:
+    """The name that is a whole statement."""
+    return node.value.id if isinstance(node, ast.Expr) and isinstance(node.value, ast.Name) else ""
+
+
 def _of_one_kind(one: Any, other: Any) -> bool:
     return type(one) is type(other)
 
@@ -150,6 +160,10 @@ class _Substitute(ast.NodeTransformer):
         if isinstance(stands_for, ast.AST):
             return copy.deepcopy(stands_for)
         return ast.Name(stands_for or node.id, node.ctx)
+
+    def visit_Expr(self, node: ast.Expr) -> Any:
+        block = self.found.get(_block(node))
+        return copy.deepcopy(block) if isinstance(block, list) else self.generic_visit(node)
 
     def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
         attr = self.found.get(node.attr, node.attr) if node.attr.isupper() else node.attr
@@ -179,6 +193,7 @@ class Rewriter(ast.NodeTransformer):
         self.loops = 0
         names = Counter(name for statement in self.before for name in _loads(statement))
         self.uses = {name: n for name, n in names.items() if name.startswith("_")}
+        self.assigned = {name for statement in self.before for name in _stores(statement)}
         self.owner = next(iter(_parameters(method)[owner:]), "self")
         calls = [n for statement in self.before for n in ast.walk(statement) if isinstance(n, ast.Call)]
         self.callees = {n.func.id for n in calls if isinstance(n.func, ast.Name) and n.func.id.isupper()}
@@ -194,6 +209,9 @@ class Rewriter(ast.NodeTransformer):
     def at(self, node: ast.AST, found: Found) -> bool:
         """Note a match; whether it is to be replaced."""
         if any(self.loads[found[name]] != uses for name, uses in self.uses.items()):
+            return False
+        assigned = {found[name] for name in self.assigned}
+        if any(found[name] in assigned for name in found.keys() - self.assigned if name.islower()):
             return False
         called = {name: self.called(found[name]) for name in self.callees}
         if None in called.values():
@@ -260,6 +278,10 @@ def _parameters(node: ast.AST) -> list[str]:
 
 def _loads(node: ast.AST) -> list[str]:
     return [n.id for n in ast.walk(node) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Store)]
+
+
+def _stores(node: ast.AST) -> list[str]:
+    return [n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
 
 
 def _locals(method: ast.FunctionDef) -> Iterator[str]:

@@ -51,9 +51,28 @@ BLOCKS = [
 ]
 """Blocks that norm first: from the sum after attention to that after the MLP, with what is around that."""
 
+CROSSING = """
+h = X + Y
+if z is not None:
+    CROSS_ATTENTION
+    h = V + W
+r = h
+h = self.NORM(h)
+"""
+CROSSED = """
+if z is None:
+    h, r = self.fused_add_norm(self.NORM, X, Y)
+else:
+    h = X + Y
+    CROSS_ATTENTION
+    h, r = self.fused_add_norm(self.NORM, V, W)
+"""
+"""Blocks of decoders, which may have an encoder to attend to: the sum before the MLP is another one then."""
+
 
 @fuse_rule(
     before=[
+        CROSSING,
         "h = X + Y\nr = h\nh = self.NORM(h)",
         *(old for old, _ in BLOCKS),
         "h = X + Y\nu = self.NORM(h)",
@@ -61,6 +80,7 @@ BLOCKS = [
         "self.NORM(X + Y)",
     ],
     after=[
+        CROSSED,
         f"h, r = {NORMED}",
         *(new for _, new in BLOCKS),
         f"h, u = {NORMED}[::-1]",  # in this order: u may be h

@@ -82,7 +82,7 @@ def fuse_rule(
         before: a pattern of Python code, or several. A name in capitals stands for any expression, `self.NAME` for any
             attribute, a name in small letters for any variable, one that starts with "_" for one used nowhere else;
             `NAME(X)` for a call of an attribute of self or of a global function, `*REST` and `**REST` for the arguments
-            that are left.
+            that are left, and `NAME` as the first statement of a block for the statements that are.
         after: what each becomes.
 
     Raises:

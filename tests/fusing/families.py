@@ -102,7 +102,7 @@ FAMILIES: dict[str, Family] = {
     "gpt2": Family(
         _hf("GPT2LMHeadModel", "GPT2Config", n_embd=32, n_layer=2, n_head=4, vocab_size=67, n_positions=64),
         tokens,
-        {"cross_entropy": 1, "attention": 1, "layer_norm": 5, "bias_act": 2},
+        {"cross_entropy": 1, "attention": 1, "layer_norm": 5, "add_norm": 2, "bias_act": 2},
     ),
     "bert": Family(
         _hf("BertForMaskedLM", "BertConfig", **{k: v for k, v in SIZES.items() if k != "head_dim"}),

@@ -78,6 +78,21 @@ class NormOfAll(Parts):
         return self.norm(x + self.mlp(x))
 
 
+class Crossing(Parts):
+    """A decoder's: where there is something to attend to, another sum is normed."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        memory = None if self.training else 2 * x
+        h = x + self.attention(x)
+        if memory is not None:
+            r = self.scale(h)
+            h = self.attention(memory)
+            h = r + h
+        r = h
+        h = self.norm(h)
+        return r + self.mlp(h)
+
+
 class TwoSums(Parts):
     """The same in two branches: a norm is of its module, and may have several places."""
 
@@ -99,13 +114,15 @@ SHAPES = [
     OfTheSameName,
     NormLast,
     NormOfAll,
+    Crossing,
 ]
 
 
+@pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("cls", SHAPES, ids=lambda cls: cls.__name__)
-def test_shapes(cls: type[nn.Module]) -> None:
+def test_shapes(cls: type[nn.Module], training: bool) -> None:
     torch.manual_seed(0)
-    model, x = cls().double(), torch.randn(4, 8, dtype=torch.float64)
+    model, x = cls().double().train(training), torch.randn(4, 8, dtype=torch.float64)
     seen: list[Tensor] = []
 
     def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:

@@ -34,7 +34,17 @@ NORMED = "h = X + Y\nr = h\nh = self.NORM(h)", "h, r = self.add(self.NORM, X, Y)
 GATED = "_a = self.ACT(X)\nb = Y\nc = _a * b", "_a = X\nb = Y\nc = self.gated(self.ACT, _a, b)"
 CALLED = "ACT(X) * Y", "self.g(ACT, X, Y)"
 REST = "FN(X, *REST, **NAMED)", "self.g(FN, X, *REST, **NAMED)"
+BLOCK = "h = X + 1\nif z:\n    BODY\n    h = Y", "if z:\n    h = X\n    BODY\n    h = Y + 1\nelse:\n    h = X + 1"
 CASES = [
+    (BLOCK, "x = y + 1\nif y:\n    x = 2 * x", "if y:\n    x = y\n    x = 2 * x + 1\nelse:\n    x = y + 1"),
+    (
+        BLOCK,
+        "x = y + 1\nif y:\n    for z in x:\n        y = 2 * z\n    self.f(y)\n    x = y",
+        "if y:\n    x = y\n    for z in x:\n        y = 2 * z\n    self.f(y)\n    x = y + 1\nelse:\n    x = y + 1",
+    ),
+    (BLOCK, "x = y + 1\nif x:\n    x = 2 * x", None),  # what is asked of is another x
+    (BLOCK, "x = y + 1\nif y:\n    self.f(x)", None),
+    (BLOCK, "x = y + 1\nif y:\n    x = 2 * x\nelse:\n    x = 1", None),
     (NORMED, "x = x + y\nz = x\nx = self.ln(x)", "x, z = self.add(self.ln, x, y)"),
     (NORMED, "x = x + self.f(y)\nz = x\nx = self.ln(x)\nx += 1", "x, z = self.add(self.ln, x, self.f(y))\nx += 1"),
     (NORMED, "x = x + y\nz = x\ny = self.ln(x)", None),  # another variable
