@@ -240,7 +240,7 @@ def test_eager_itself_is_what_the_tests_say() -> None:
         torch.testing.assert_close(run_eager(case, torch.float64, torch.float64)["o"]["value"], theirs.detach())
 
 
-def test_tracing_and_fake_tensors_see_pytorchs_own_operations() -> None:
+def test_tracing_fake_and_meta_tensors_see_pytorchs_own_operations() -> None:
     q, k, v, _ = CAUSAL.tensors(torch.float32)
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fakes = [mode.from_tensor(t.detach()).requires_grad_() for t in (q, k, v)]
@@ -249,5 +249,11 @@ def test_tracing_and_fake_tensors_see_pytorchs_own_operations() -> None:
             ro.attention(*fakes, **keywords, retain=kept).sum().backward()
             assert kept.s.grad.shape == (2, 2, 33, 33)
             assert kept.p.grad.shape == (2, 1, 33, 33)
+    for keywords in ({}, {"softcap": 2.0}):
+        kept = ro.Retained("p")
+        ro.attention(
+            *(t.detach().to("meta").requires_grad_() for t in (q, k, v)), **keywords, retain=kept
+        ).sum().backward()
+        assert kept.p.grad.shape == (2, 2, 33, 33)
     traced = torch.fx.experimental.proxy_tensor.make_fx(lambda q: ro.attention(q, k, v, softcap=2.0, window=3))(q)
     torch.testing.assert_close(traced(q), ro.attention(q, k, v, softcap=2.0, window=3))
