@@ -217,6 +217,21 @@ def test_batched_gradients(path: Any) -> None:
             torch.testing.assert_close(x[i], y)
 
 
+@pytest.mark.filterwarnings("ignore:Using backward:UserWarning")
+@pytest.mark.parametrize("keywords", [{}, {"softcap": 2.0}, {"dropout_p": 1e-30}], ids=str)
+def test_values_alone_require_grad(keywords: dict[str, Any]) -> None:
+    """What is asked of the scores is answered, by the definition too."""
+    q, k, v, _ = SMALL.tensors(torch.float64)
+    wanted = ro.Retained("s", "p")
+    loss_of(ro.attention(q, k, v, **keywords, retain=wanted)).backward()
+    for create_graph in (False, True):
+        kept = ro.Retained("s", "p")
+        loss_of(ro.attention(q.detach(), k.detach(), v, **keywords, retain=kept)).backward(create_graph=create_graph)
+        for name, slot in kept.items():
+            torch.testing.assert_close(slot.grad.detach(), wanted[name].grad)
+    v.grad = None  # a graph that leads back to itself would leak
+
+
 def test_transforms_and_forward_mode() -> None:
     """Softcap and window through the definition; the rest is PyTorch's own affair."""
     q, k, v, _ = SMALL.tensors(torch.float64)

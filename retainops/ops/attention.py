@@ -13,7 +13,7 @@ from retainops import registry
 from retainops.dispatch import HAS_TRITON, ambient, backend_name, dense, requested, transformed, why_reference
 from retainops.ops import _attention_compiled
 from retainops.ops._asked import Call, cast, default_scale, output_shape, scores_of
-from retainops.ops._attention import POINTS, listen, lse_of
+from retainops.ops._attention import POINTS, listen, lse_of, reached
 from retainops.ops._attention_tiled import tiled
 from retainops.ops._check import check_tensor, refuses_dtypes
 from retainops.ops._check_attention import (
@@ -124,7 +124,7 @@ def attention_of(inputs: tuple[Any, ...], requests: Sequence[Any]) -> Tensor:
             refuse(why)
         validate(inputs)
         definition: Any = attention_reference
-        return definition(*inputs, several_readers(each))
+        return definition(*(reached(inputs) if of_scores else inputs), several_readers(each))
     if is_plain(inputs):
         o = sdpa(inputs)
     elif compiling:
