@@ -77,6 +77,8 @@ def test_without_a_request(keywords: dict[str, Any]) -> None:
         lambda *qkv: ro.attention(*qkv, is_causal=True, **keywords), fullgraph=True, backend="aot_eager"
     )
     assert torch.equal(run(q, k, v), ro.attention(q, k, v, is_causal=True, **keywords))
+    if keywords:  # a function of ours, of which Dynamo takes no tensor twice
+        assert torch.equal(run(q, q, q), ro.attention(q, q, q, is_causal=True, **keywords))
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])

@@ -71,6 +71,22 @@ def test_any_leading_dims(q: Any, k: Any, v: Any, softcap: float | None, path: A
             torch.testing.assert_close(kept.p.sum, dp.sum(-1))
 
 
+@pytest.mark.filterwarnings("ignore:Using backward:UserWarning")
+@pytest.mark.parametrize("keywords", [{}, {"softcap": 2.0}, {"dropout_p": 1e-30}], ids=str)
+def test_values_alone_have_a_batch(keywords: dict[str, Any]) -> None:
+    """Points have all leading dims by the definition too, which second derivatives and dropout take."""
+    q, k, v = (drawn(*shape, seed=i) for i, shape in enumerate(((1, 2, 5, 4), (2, 6, 4), (3, 2, 6, 4))))
+    points = eager(Case((), (), (), softcap=keywords.get("softcap")), q.expand(3, 2, 5, 4), k, v, None)
+    loss_of(points["o"]).backward()
+    for create_graph in (False, True):
+        kept = ro.Retained("s", p=ro.Stats("amax"))
+        loss_of(ro.attention(q, k, v, **keywords, retain=kept)).backward(create_graph=create_graph)
+        torch.testing.assert_close(kept.s.grad.detach(), points["s"].grad)
+        torch.testing.assert_close(kept.p.amax, points["p"].grad.abs().max())
+    for x in (q, k, v):
+        x.grad = None  # a graph that leads back to itself would leak
+
+
 def test_keys_and_values_of_different_groups(path: Any) -> None:
     q, k, v = (
         drawn(*shape).detach().to(path.device).requires_grad_() for shape in ((1, 8, 5, 4), (1, 4, 5, 4), (1, 2, 5, 4))

@@ -80,6 +80,7 @@ def test_without_grad_there_is_nothing_to_retain(path: Any) -> None:
         ({"window": -1}, ValueError, "attention: window is -1; expected numbers of keys to each side, 0 or above"),
         ({"window": 1.5}, TypeError, "attention: window is 1.5; expected an int, or (left, right)"),
         ({"window": (1, 2, 3)}, TypeError, "attention: window is (1, 2, 3); expected an int, or (left, right)"),
+        ({"scale": torch.ones((), requires_grad=True), "window": 2}, TypeError, "'scale' must be float, not Tensor"),
         ({"window": 2, "dropout_p": 1.5}, RuntimeError, "dropout probability has to be between 0 and 1"),
     ],
     ids=str,

@@ -217,6 +217,21 @@ def test_batched_gradients(path: Any) -> None:
             torch.testing.assert_close(x[i], y)
 
 
+@pytest.mark.filterwarnings("ignore:Using backward:UserWarning")
+@pytest.mark.parametrize("keywords", [{}, {"softcap": 2.0}, {"dropout_p": 1e-30}], ids=str)
+def test_values_alone_require_grad(keywords: dict[str, Any]) -> None:
+    """What is asked of the scores is answered, by the definition too."""
+    q, k, v, _ = SMALL.tensors(torch.float64)
+    wanted = ro.Retained("s", "p")
+    loss_of(ro.attention(q, k, v, **keywords, retain=wanted)).backward()
+    for create_graph in (False, True):
+        kept = ro.Retained("s", "p")
+        loss_of(ro.attention(q.detach(), k.detach(), v, **keywords, retain=kept)).backward(create_graph=create_graph)
+        for name, slot in kept.items():
+            torch.testing.assert_close(slot.grad.detach(), wanted[name].grad)
+    v.grad = None  # a graph that leads back to itself would leak
+
+
 def test_transforms_and_forward_mode() -> None:
     """Softcap and window through the definition; the rest is PyTorch's own affair."""
     q, k, v, _ = SMALL.tensors(torch.float64)
@@ -240,7 +255,7 @@ def test_eager_itself_is_what_the_tests_say() -> None:
         torch.testing.assert_close(run_eager(case, torch.float64, torch.float64)["o"]["value"], theirs.detach())
 
 
-def test_tracing_and_fake_tensors_see_pytorchs_own_operations() -> None:
+def test_tracing_fake_and_meta_tensors_see_pytorchs_own_operations() -> None:
     q, k, v, _ = CAUSAL.tensors(torch.float32)
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fakes = [mode.from_tensor(t.detach()).requires_grad_() for t in (q, k, v)]
@@ -249,5 +264,11 @@ def test_tracing_and_fake_tensors_see_pytorchs_own_operations() -> None:
             ro.attention(*fakes, **keywords, retain=kept).sum().backward()
             assert kept.s.grad.shape == (2, 2, 33, 33)
             assert kept.p.grad.shape == (2, 1, 33, 33)
+    for keywords in ({}, {"softcap": 2.0}):
+        kept = ro.Retained("p")
+        ro.attention(
+            *(t.detach().to("meta").requires_grad_() for t in (q, k, v)), **keywords, retain=kept
+        ).sum().backward()
+        assert kept.p.grad.shape == (2, 2, 33, 33)
     traced = torch.fx.experimental.proxy_tensor.make_fx(lambda q: ro.attention(q, k, v, softcap=2.0, window=3))(q)
     torch.testing.assert_close(traced(q), ro.attention(q, k, v, softcap=2.0, window=3))

@@ -36,6 +36,29 @@ POINTS = ("s", "p")
 """Of the op's points, those that do not exist."""
 
 
+class Reached(torch.autograd.Function):
+    """q with a graph, which leads nowhere."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, v: Tensor) -> Tensor:
+        return q.view_as(q)
+
+    @staticmethod
+    def backward(ctx: Any, dq: Tensor) -> tuple[None, None]:
+        return None, None
+
+
+def reached(inputs: Sequence[Any]) -> Sequence[Any]:
+    """Inputs such that s and p of the definition, which are made of q, k and the mask, have a gradient where o has one.
+
+    Where v alone requires grad they would have none. The tiles answer there: what they need is the output's gradient.
+    """
+    q, k, v, mask, *rest = inputs
+    if not v.requires_grad or any(t is not None and t.requires_grad for t in (q, k, mask)):
+        return inputs
+    return Reached.apply(q, v), k, v, mask, *rest
+
+
 def of_requests(op: Op, count: int) -> Op:
     """The op, with points "s 0", "p 0", "s 1", ... of that many requests instead of its own."""
 
@@ -48,7 +71,7 @@ def of_requests(op: Op, count: int) -> Op:
             return value
 
         definition: Any = op.reference
-        return definition(*inputs, each)
+        return definition(*reached(inputs), each)
 
     points = [dataclasses.replace(p, name=f"{p.name} {i}") for i in range(count) for p in op.points if p.name in POINTS]
     return dataclasses.replace(op, reference=reference, points=tuple(points))

@@ -213,6 +213,7 @@ def tiled(call: Call, tensors: Sequence[Tensor | None], dtype: torch.dtype) -> T
         q, k, v = (t.to(dtype) for t in (q, k, v))
         mask = mask if mask is None or mask.dtype == torch.bool else mask.to(dtype)
     needed = [t is not None and t.requires_grad for t in (q, k, v, mask)]
+    q, k, v = (t.view_as(t) for t in (q, k, v))  # Dynamo refuses one tensor in two places
     return Tiled.apply(q, k, v, mask, _fixed(call), needed)
 
 

@@ -69,7 +69,7 @@ def check_head_sizes(q: Any, k: Any) -> None:
 def validate(inputs: tuple[Any, ...]) -> None:
     """Raise what PyTorch raises of these inputs, by its function of their shapes."""
     if not torch.compiler.is_compiling():
-        casts = torch.is_autocast_enabled(inputs[0].device.type)  # it would not on meta
+        casts = autocasts(inputs[0])  # it would not on meta
         dtype = product_dtype(inputs[0]) if casts else None
         q, k, v, mask = (None if t is None else _on_meta(t, dtype) for t in inputs[:4])
         sdpa((q, k, v, mask, inputs[4], False, *inputs[6:8]))
@@ -93,9 +93,13 @@ def bounds(window: Window) -> Bounds:
     return (window, window) if isinstance(window, int) else window
 
 
+def autocasts(q: Any) -> bool:
+    """Whether autocast is on for q's device; to ask it of meta is an error."""
+    return bool(q.device.type != "meta" and torch.is_autocast_enabled(q.device.type))
+
+
 def product_dtype(q: Any) -> torch.dtype:
     """The dtype of products: under autocast a narrower one than q's."""
-    kind = q.device.type
-    if torch.is_autocast_enabled(kind) and q.dtype != torch.float64:
-        return torch.get_autocast_dtype(kind)
+    if autocasts(q) and q.dtype != torch.float64:
+        return torch.get_autocast_dtype(q.device.type)
     return q.dtype

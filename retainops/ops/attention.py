@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,10 +13,19 @@ from retainops import registry
 from retainops.dispatch import HAS_TRITON, ambient, backend_name, dense, requested, transformed, why_reference
 from retainops.ops import _attention_compiled
 from retainops.ops._asked import Call, cast, default_scale, output_shape, scores_of
-from retainops.ops._attention import POINTS, listen, lse_of
+from retainops.ops._attention import POINTS, listen, lse_of, reached
 from retainops.ops._attention_tiled import tiled
 from retainops.ops._check import check_tensor, refuses_dtypes
-from retainops.ops._check_attention import Window, bounds, check, check_head_sizes, product_dtype, sdpa, validate
+from retainops.ops._check_attention import (
+    Window,
+    autocasts,
+    bounds,
+    check,
+    check_head_sizes,
+    product_dtype,
+    sdpa,
+    validate,
+)
 from retainops.points import reader, tap
 from retainops.registry import Op, Point, PointInfo
 from retainops.retained import Retained
@@ -97,8 +107,8 @@ def attention_of(inputs: tuple[Any, ...], requests: Sequence[Any]) -> Tensor:
     """`attention` of these inputs, for several requests at once."""
     *tensors, dropout_p, is_causal, scale, enable_gqa, softcap, window = inputs + (None,) * (10 - len(inputs))
     check(softcap, window, requests)
-    if isinstance(scale, Tensor) and not torch.compiler.is_compiling():
-        scale = float(scale)  # as PyTorch's function does
+    if isinstance(scale, Tensor) and not (torch.compiler.is_compiling() or scale.dim() or scale.requires_grad):
+        scale = float(scale)  # as PyTorch's function does, which refuses the others
     call = Call(is_causal, scale, enable_gqa, softcap, bounds(window))
     inputs = (*tensors, dropout_p, *call)
     check_tensor("attention", **dict(zip(("q", "k", "v"), tensors, strict=False)))
@@ -114,7 +124,7 @@ def attention_of(inputs: tuple[Any, ...], requests: Sequence[Any]) -> Tensor:
             refuse(why)
         validate(inputs)
         definition: Any = attention_reference
-        return definition(*inputs, several_readers(each))
+        return definition(*(reached(inputs) if of_scores else inputs), several_readers(each))
     if is_plain(inputs):
         o = sdpa(inputs)
     elif compiling:
@@ -204,11 +214,13 @@ def attention_reference(
     """The definition; `rest` is `point`, or softcap, window and `point`."""
     *bounded, point = rest
     softcap, window = bounded or (None, None)
-    kind, dtype = q.device.type, product_dtype(q)
-    if torch.is_autocast_enabled(kind):
+    casts, dtype = autocasts(q), product_dtype(q)
+    if casts:
         q, k, v = (t.to(dtype) for t in (q, k, v))
         attn_mask = attn_mask if attn_mask is None or attn_mask.dtype == torch.bool else attn_mask.to(dtype)
-    with torch.autocast(kind, enabled=False):
+    # Values may have leading dims that neither queries nor keys have: points have all of them.
+    q = q.expand(*output_shape(q, k, v, enable_gqa)[:-2], *q.shape[-2:])
+    with torch.autocast(q.device.type, enabled=False) if casts else contextlib.nullcontext():
         if enable_gqa:
             k, v = (t.repeat_interleave(q.shape[-3] // t.shape[-3], -3) for t in (k, v))
         s = q @ k.transpose(-2, -1) * (default_scale(q) if scale is None else scale)
@@ -247,7 +259,7 @@ def _refuses(q: Any, k: Any, v: Any, attn_mask: Any = None, dropout_p: Any = 0.0
     is_causal, scale, enable_gqa, softcap = (*rest, *(False, None, False, None)[len(rest) :])[:4]
     call = Call(is_causal, scale, enable_gqa, softcap, (None, None))
     o = q.new_empty(()).to(product_dtype(q)).expand(output_shape(q, k, v, call.enable_gqa))
-    scores = scores_of(call, cast(tensors, o.dtype, torch.is_autocast_enabled(q.device.type)), o, None, None)
+    scores = scores_of(call, cast(tensors, o.dtype, autocasts(q)), o, None, None)
     return _scores_kernels.refuses(scores, None, None) if scores.shape.numel() else None
 
 
