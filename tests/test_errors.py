@@ -211,3 +211,26 @@ def test_numbers_alone_in_other_ops(path: Path) -> None:
     ):
         with pytest.raises(TypeError, match=f"^{call.__name__}: {names} are all numbers; expected a torch.Tensor"):
             call(*inputs)
+
+
+ROWS, HEADS, TABLE = torch.ones(3, 4), torch.ones(2, 3, 5, 8), torch.ones(5, 8)
+
+
+@pytest.mark.parametrize(
+    ("op", "inputs", "error", "words"),
+    [
+        (ro.softmax, (ROWS, -1), TypeError, "scale is the integer -1, as if it were a dim"),
+        (ro.log_softmax, (ROWS, 1.0, ROWS.expand(2, 3, 4)), RuntimeError, r"mask has shape \(2, 3, 4\)"),
+        (ro.rms_norm, (ROWS.long(),), TypeError, "x is torch.int64; expected a floating-point dtype"),
+        (ro.layer_norm, (ROWS, torch.ones(1)), RuntimeError, r"weight has shape \(1,\); expected \(4,\)"),
+        (ro.add_rms_norm, (ROWS, 1.0), TypeError, "residual is float; expected a torch.Tensor"),
+        (ro.group_norm, (ROWS.long(), 2), TypeError, "x is torch.int64; expected a floating-point dtype"),
+        (ro.rope, (HEADS, HEADS, TABLE[:, :7], TABLE[:, :7]), RuntimeError, "have 7 columns"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_compiled_row_ops_refuse_what_eager_does(op, inputs: tuple, error: type[Exception], words: str) -> None:
+    """PyTorch's own operations, of which compiled code is made, would broadcast, truncate or negate without a word."""
+    torch._dynamo.reset()
+    with pytest.raises(error, match=f"^{op.__name__}: .*{words}"):
+        torch.compile(op, backend="eager")(*inputs)

@@ -90,14 +90,14 @@ def refuses_rows(x: torch.Tensor) -> str | None:
 def check_norm(op: str, x: Any, eps: Any, offset: Any = 0.0, /, **others: Any) -> None:
     """Inputs of a norm over the last dim of x: weight and bias of its size, a residual that broadcasts with x.
 
+    It holds in compiled code too: the definition, traced, would broadcast what does not go together.
+
     Raises:
         TypeError: an input is not a tensor (or None, of `others`), eps or offset is not a number, or x is of an
             integer dtype.
         ValueError: eps is not above 0.
         RuntimeError: x has no last dim or nothing in it, or a shape or device that does not go with x's.
     """
-    if torch.compiler.is_compiling():
-        return
     tensors = {"x": x, **{name: t for name, t in others.items() if t is not None or name == "residual"}}
     for name, t in tensors.items():
         if hasattr(type(t), "__torch_function__") and not isinstance(t, torch.Tensor):

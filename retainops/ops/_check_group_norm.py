@@ -11,15 +11,13 @@ Tensor = torch.Tensor
 
 
 def check_group_norm(x: Any, num_groups: Any, weight: Any, bias: Any, eps: Any) -> None:
-    """Inputs of group norm.
+    """Inputs of group norm, in compiled code too.
 
     Raises:
         TypeError: an argument of a wrong type or dtype.
         ValueError: eps is not above 0.
         RuntimeError: x has no channels, num_groups does not divide them, or a weight does not go with them.
     """
-    if torch.compiler.is_compiling():
-        return
     tensors = {"x": x, **{name: t for name, t in (("weight", weight), ("bias", bias)) if t is not None}}
     for name, t in tensors.items():
         if hasattr(type(t), "__torch_function__") and not isinstance(t, Tensor):

@@ -161,12 +161,12 @@ def _table(table: Tensor, shape: torch.Size) -> Tensor:
 def check(q: Any, k: Any, cos: Any, sin: Any, **flags: Any) -> None:
     """Inputs of rope.
 
+    It holds in compiled code too: the definition, traced, would broadcast tables of other positions.
+
     Raises:
         TypeError: an argument of a wrong type or dtype.
         RuntimeError: a shape or device that does not go with q's.
     """
-    if torch.compiler.is_compiling():
-        return
     tensors = {"q": q, "k": k, "cos": cos, "sin": sin}
     if any(hasattr(type(t), "__torch_function__") and not isinstance(t, Tensor) for t in tensors.values()):
         return  # a stand-in for a tensor, such as torch.fx's proxies: PyTorch's own operations know what to say

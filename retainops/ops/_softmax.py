@@ -172,12 +172,12 @@ def is_boolean(mask: Any) -> bool:
 def check(op: str, x: Any, scale: Any, mask: Any, causal: Any) -> None:
     """Inputs of softmax.
 
+    It holds in compiled code too: the definition, traced, would take a dim for a scale, and any mask.
+
     Raises:
         TypeError: an argument of a wrong type or dtype.
         RuntimeError: a shape or device that does not go with x's.
     """
-    if torch.compiler.is_compiling():
-        return
     if any(hasattr(type(t), "__torch_function__") and not isinstance(t, Tensor) for t in (x, scale, mask)):
         return  # a stand-in for a tensor, such as torch.fx's proxies: PyTorch's own operations know what to say
     if not isinstance(x, Tensor):
