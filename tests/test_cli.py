@@ -7,6 +7,8 @@ import inspect
 import re
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -75,6 +77,17 @@ def test_the_code_that_points_prints_runs(op):
     exec(code, scope)
     (slot,) = scope["kept"].values()
     assert slot.grad is not None
+
+
+def test_an_interrupted_check_leaves_the_rest(monkeypatch):
+    ran = []
+    monkeypatch.setattr(sweep, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))
+    monkeypatch.setattr(sweep, "run", lambda task: ran.append(task) or time.sleep(0.01) or [])
+    found = sweep.outcomes(range(40), 2)
+    assert next(found) == []
+    with pytest.raises(KeyboardInterrupt):
+        found.throw(KeyboardInterrupt)
+    assert len(ran) < 40
 
 
 def test_points_of_one_op_lists_no_other(monkeypatch):
