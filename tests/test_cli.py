@@ -115,6 +115,15 @@ def test_check_of_a_right_op_on_every_path(monkeypatch):
     assert "all 6 checks are ok" in result.output
 
 
+def test_check_says_what_never_took_the_kernels(monkeypatch):
+    monkeypatch.setattr(sweep, "check_layouts", lambda *inputs: {"contiguous": inputs})
+    refusing = dataclasses.replace(registry.find("mul_sin"), refuses=lambda *_: "not today")
+    monkeypatch.setitem(registry._ops, "mul_sin", refusing)
+    result = run("check", *SMALL)
+    assert result.exit_code == 0
+    assert "no call took the kernels: mul_sin in float32" in result.output
+
+
 def test_check_with_a_row_for_each_layout(monkeypatch):
     monkeypatch.setattr(sweep, "paths", _reference_only)
     result = run("check", *SMALL, "--layouts")
