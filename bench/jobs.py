@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from retainops.ops._plan import plan
 from retainops.registry import Op
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -34,10 +35,13 @@ class Job:
 
     def fewest_bytes(self, op: Op, inputs: Sequence[Any]) -> int:
         """The fewest bytes that any implementation of the job must move. Statistics have next to none of their own."""
-        forward, backward, point = op.traffic(*inputs)
+        forward, backward, _ = op.traffic(*inputs)
         if self.direction == "forward":
             return forward
-        more = point if self.point and self.form != "Stats" else 0
+        more = 0
+        if self.point and self.form != "Stats":
+            shape, dtype = plan(op.reference, tuple(inputs)).points[self.point]  # those of an op may differ in size
+            more = shape.numel() * dtype.itemsize
         return backward + more + (forward if self.direction == "step" else 0)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from bench import record, report
 from bench.forecast import GPU, forecasts
 from retainops.dispatch import HAS_TRITON
-from retainops.registry import ops
+from retainops.registry import find
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     run.save(folder)
     if HAS_TRITON and not options.quick:
         print(f"predicting for an {GPU}", flush=True)
-        run.forecasts = list(forecasts(ops()))
+        run.forecasts = list(forecasts(map(find, dict.fromkeys(row.op for row in run.rows))))
         run.save(folder)
     return report.main([str(folder)]) or status
 

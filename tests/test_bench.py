@@ -16,6 +16,8 @@ from bench.cases import THOROUGHLY, Case, cases
 from bench.figures import job as job_of
 from bench.jobs import Job, Size, jobs
 from bench.peers import PEERS
+from retainops import Retained
+from retainops.ops._plan import several
 from retainops.registry import Op, find, ops
 
 MUL_SIN = find("mul_sin")
@@ -94,6 +96,19 @@ def test_a_copy_moves_the_jobs_fewest_bytes() -> None:
         copied = case.build()(inputs)()
         assert job.fewest_bytes(MUL_SIN, inputs) == tensors * 24 * 2
         assert 2 * copied.numel() * copied.element_size() == tensors * 24 * 2
+
+
+@pytest.mark.parametrize("name", ["rope", "cross_entropy", "add_rms_norm"])  # whose points are of several sizes
+def test_a_retained_point_moves_what_its_gradient_takes(name: str) -> None:
+    op = find(name)
+    inputs = Case(op, "bf16", SMALL, Job("backward"), "retainops").inputs("cpu")
+    leaves = [x.requires_grad_() if i < 2 and x.is_floating_point() else x for i, x in enumerate(inputs)]
+    kept = Retained(*(p.name for p in op.points))
+    outputs = several(op.call(*leaves, retain=kept))
+    torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs])
+    without = Job("backward").fewest_bytes(op, inputs)
+    for point, slot in kept.items():
+        assert Job("backward", point).fewest_bytes(op, inputs) == without + slot.grad.nbytes, point
 
 
 def test_a_peer_in_the_table_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ pytest.importorskip("rich", reason="the report needs rich: pip install retainops
 pytest.importorskip("matplotlib", reason="the picture needs matplotlib: pip install retainops[bench]")
 
 from bench import picture, record, report
+from bench import run as command
 from bench.figures import Figures
 from bench.figures import job as job_of
 from bench.jobs import Job
@@ -160,6 +161,21 @@ def test_a_gpus_median_and_a_cpus_fastest_round_count(
 def test_where_there_are_no_results_the_remedy_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert report.main([str(tmp_path)]) == 1
     assert "python -m bench.run" in capsys.readouterr().err
+
+
+def test_the_ops_that_were_measured_are_predicted(
+    run: record.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And no others: to compile for all of them takes minutes, and attention by itself launches no kernel."""
+    run.save(tmp_path)
+    asked: list[str] = []
+    monkeypatch.setattr(command, "HAS_TRITON", True)
+    monkeypatch.setattr(command, "_pytest", lambda path, *_: path.write_text((tmp_path / record.FILE).read_text()) * 0)
+    monkeypatch.setattr(command, "forecasts", lambda ops: asked.extend(op.name for op in ops) or run.forecasts)
+    monkeypatch.setattr(report, "main", lambda _: 0)
+    assert command.main(["--results", str(tmp_path / "out")]) == 0
+    assert asked == ["mul_sin"]
+    assert record.Run.load(tmp_path / "out").forecasts == run.forecasts
 
 
 def test_several_devices_are_reported_one_after_the_other(

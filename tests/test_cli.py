@@ -7,6 +7,8 @@ import inspect
 import re
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -77,6 +79,17 @@ def test_the_code_that_points_prints_runs(op):
     assert slot.grad is not None
 
 
+def test_an_interrupted_check_leaves_the_rest(monkeypatch):
+    ran = []
+    monkeypatch.setattr(sweep, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))
+    monkeypatch.setattr(sweep, "run", lambda task: ran.append(task) or time.sleep(0.01) or [])
+    found = sweep.outcomes(range(40), 2)
+    assert next(found) == []
+    with pytest.raises(KeyboardInterrupt):
+        found.throw(KeyboardInterrupt)
+    assert len(ran) < 40
+
+
 def test_points_of_one_op_lists_no_other(monkeypatch):
     other = dataclasses.replace(registry.find("mul_sin"), name="mul_other")
     monkeypatch.setitem(registry._ops, "mul_other", other)
@@ -100,6 +113,15 @@ def test_check_of_a_right_op_on_every_path(monkeypatch):
         assert row[-2:] == ["yes", "ok"]
         assert all(0 <= float(number) < 1e-4 for number in row[-5:-2])  # eager's, kernels, reference
     assert "all 6 checks are ok" in result.output
+
+
+def test_check_says_what_never_took_the_kernels(monkeypatch):
+    monkeypatch.setattr(sweep, "check_layouts", lambda *inputs: {"contiguous": inputs})
+    refusing = dataclasses.replace(registry.find("mul_sin"), refuses=lambda *_: "not today")
+    monkeypatch.setitem(registry._ops, "mul_sin", refusing)
+    result = run("check", *SMALL)
+    assert result.exit_code == 0
+    assert "no call took the kernels: mul_sin in float32" in result.output
 
 
 def test_check_with_a_row_for_each_layout(monkeypatch):

@@ -130,7 +130,7 @@ def test_layouts_of_the_input(layout: str, kernels: Path) -> None:
     compare(*given, 0.5, scale=2)  # a large eps: of equal numbers only rounding errors are left
 
 
-@pytest.mark.parametrize("shape", [(2, 6, 7, 11), (1, 4, 40_001), (2, 8, 33, 33)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 6, 7, 11), (1, 6, 33_001), (2, 8, 33, 33)], ids=str)
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, CHANNELS_LAST], ids=str)
 def test_of_groups_of_equal_values_nothing_is_left(shape: tuple, memory_format: Any, kernels: Path) -> None:
     """As of rows in tests/test_norm.py."""

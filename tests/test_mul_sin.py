@@ -187,15 +187,16 @@ def test_offsets_beyond_two_to_the_31st() -> None:
     assert torch.equal(kept.c.grad[:4], torch.ones(4, dtype=torch.float16, device="cuda"))
 
 
-def test_strides_beyond_two_to_the_31st(kernels: Path) -> None:
-    """A column of a matrix with very long rows: the offsets inside one tile are large."""
+@pytest.mark.parametrize(("shape", "strides"), [((5,), ()), ((5, 3, 2), (16, 2))], ids=["inside a tile", "of tiles"])
+def test_strides_beyond_two_to_the_31st(kernels: Path, shape: tuple, strides: tuple) -> None:
+    """A column of a matrix with very long rows: the offsets inside one tile are large, or those of whole tiles."""
     step = 2**30
     size = 5 * step * 4  # bytes of address space
     if GPU and torch.cuda.mem_get_info()[0] < 1.1 * size:
         pytest.skip("needs 22 GB on the GPU")
     torch.use_deterministic_algorithms(False)
-    a = torch.empty_strided((5,), (step,), device=kernels.device)
-    a.copy_(torch.arange(5.0))
+    a = torch.empty_strided(shape, (step, *strides), device=kernels.device)
+    a.copy_(torch.arange(5.0).view(5, *[1] * len(strides)))
     assert_near(ro.mul_sin(a, 0.5), torch.sin(a * 0.5))
 
 

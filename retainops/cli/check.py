@@ -73,7 +73,17 @@ def check(
             console.print(_table(one, [o for o in outcomes if o.op == one.name], layouts))
     else:
         console.print(_summary(chosen, outcomes))
+    if left := _left_to_the_reference(outcomes):
+        console.print(Text(f"no call took the kernels: {', '.join(left)}"), soft_wrap=True)
     _conclude(console, outcomes)
+
+
+def _left_to_the_reference(outcomes: list[Outcome]) -> list[str]:
+    """What was not checked on the kernels, where there are any: they refused it in every layout."""
+    if not any(path.name == KERNELS for path in sweep.paths()):
+        return []
+    taken = {(o.op, o.dtype) for o in outcomes if o.path == KERNELS}
+    return list(dict.fromkeys(f"{o.op} in {o.dtype}" for o in outcomes if (o.op, o.dtype) not in taken))
 
 
 def _conclude(console: Console, outcomes: list[Outcome]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -128,8 +129,25 @@ def outcomes(work: Sequence[Task], jobs: int) -> Iterator[list[Outcome]]:
     # Not forked: PyTorch has threads of its own by now, and a CUDA context may not be inherited.
     spawned = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(jobs, len(work)), spawned, torch.set_num_threads, (1,)) as pool:
-        for done in as_completed([pool.submit(run, task) for task in work]):
-            yield done.result()
+        try:
+            with _uninterrupted():  # which the others inherit, for as long as they live
+                submitted = [pool.submit(run, task) for task in work]
+            for done in as_completed(submitted):
+                yield done.result()
+        except BaseException:  # at an interrupt, say, nobody waits for the rest
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def cores() -> int:

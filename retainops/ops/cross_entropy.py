@@ -191,7 +191,7 @@ def _sample(shape: torch.Size, dtype: torch.dtype, device: str, generator: torch
 def _traffic(logits: Tensor, target: Tensor, *_others: Any) -> tuple[int, int, int]:
     """Forward reads the logits; backward reads them and writes their gradient; targets and losses are a row each."""
     size, small = logits.numel() * logits.element_size(), target.numel() * target.element_size()
-    return size + small, 2 * size + small, size
+    return size + small, 2 * size + small, logits.numel() * max(logits.element_size(), 4)
 
 
 CROSS_ENTROPY = _fused.register(

@@ -110,7 +110,7 @@ def _traffic(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *_: Any) -> tuple[i
     """Forward reads q and k and writes as much; backward the same of gradients. Both read the tables."""
     sizes = [t.numel() * t.element_size() for t in (q, k, cos, sin)]
     once = 2 * sum(sizes[:2]) + sum(sizes[2:])
-    return once, once, sizes[0]
+    return once, once, max(sizes[:2])
 
 
 ROPE = _fused.register(
