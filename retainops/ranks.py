@@ -45,8 +45,11 @@ def all_reduce(slots: Mapping[str, Slot], group: ProcessGroup | None) -> None:
                 f"all_reduce: '{name}' has statistics over {over}, and each rank's {over} are its own; gather them "
                 "with torch.distributed.all_gather, or name other points in patterns"
             )
-        if ranks in slot._reduced_over:
-            raise RuntimeError(f"all_reduce: '{name}' was reduced over this group already; call reset() in between")
+        if _again(slot, ranks):
+            raise RuntimeError(
+                f"all_reduce: '{name}' was reduced over this group already, or over several of its ranks, which would "
+                "count again; call reset() in between, or reduce once over all of them"
+            )
     fields = list(_fields(asked, sizes))
     sums = [field for field in fields if field[1] != "amax"]
     maxima = [field for field in fields if field[1] == "amax"]
@@ -61,6 +64,11 @@ def all_reduce(slots: Mapping[str, Slot], group: ProcessGroup | None) -> None:
     _put(asked, _cut(added[came.numel() :], sums) | _cut(largest, maxima), on_ranks, in_float64)
     for slot in asked.values():
         slot._reduced_over.add(ranks)
+
+
+def _again(slot: Slot, ranks: tuple[int, ...]) -> bool:
+    """Whether ranks of the group have the same statistics by an earlier `all_reduce`."""
+    return any(ranks == over or len({*ranks} & {*over}) > 1 for over in slot._reduced_over)
 
 
 def _device(group: ProcessGroup | None) -> torch.device:
@@ -88,7 +96,7 @@ def _agree(
         RuntimeError: on every rank, if they ask for different things, or have different numbers of channels.
         ValueError: on every rank, if the group cuts through the mesh of a DTensor that some rank has.
     """
-    text = repr([(name, slot.want, slot.parts, ranks in slot._reduced_over) for name, slot in asked.items()])
+    text = repr([(name, slot.want, slot.parts, _again(slot, ranks)) for name, slot in asked.items()])
     layout = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "little")
     cuts = any(_cuts(slot, ranks) for slot in asked.values())
     (_, cut), same = _same([layout, 1 if cuts else -1], device, group, missing=-1)
@@ -136,12 +144,16 @@ def _fields(asked: Mapping[str, Slot], sizes: list[int]) -> Iterator[Field]:
             yield slot, name, own
 
 
-def _along(slot: Slot) -> Iterator[tuple[list[int], int]]:
-    """Of the mesh of a slot's DTensors, if it has any: the ranks along each dim, and this one's place among them."""
+def _along(slot: Slot) -> list[tuple[list[int], int]]:
+    """Of the mesh of a slot's DTensors, if it has any: the ranks along each dim, and this one's place among them.
+
+    Once they were reduced they are no DTensors any more, and still of the whole mesh.
+    """
     mesh = next((part.device_mesh for part in slot._parts.values() if is_dtensor(part)), None)  # type: ignore[union-attr]
-    if mesh is not None:
-        for dim in range(mesh.ndim):
-            yield dist.get_process_group_ranks(mesh.get_group(dim)), mesh.get_local_rank(dim)
+    if mesh is None:
+        return slot._along
+    dims = range(mesh.ndim)
+    return [(dist.get_process_group_ranks(mesh.get_group(dim)), mesh.get_local_rank(dim)) for dim in dims]
 
 
 def _cuts(slot: Slot, ranks: tuple[int, ...]) -> bool:
@@ -199,4 +211,4 @@ def _put(
             value = found[id(slot), name]
             value = from_order(value, torch.float64) if name == "amax" else value
             parts[name] = value.to(own, torch.int64 if name in WHOLE else dtype)
-        slot._parts = parts
+        slot._along, slot._parts = _along(slot), parts

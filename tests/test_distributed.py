@@ -156,8 +156,9 @@ def test_data_and_tensor_parallel(ranks: list[dict[str, Any]]) -> None:
     """Whether the group is all ranks, or those along the dim of the mesh that splits the batch."""
     single = on_ranks.single(on_ranks.MLP)
     for got in results(ranks, "two_dims"):
-        for which in ("stats", "over_dp"):
+        for which in ("stats", "over_dp", "over_both"):
             assert_same(got[which], single["stats"], divide=2)
+        assert "was reduced over this group already, or over several of its ranks" in got["again"]
 
 
 def test_dtensors_however_they_are_placed(ranks: list[dict[str, Any]]) -> None:
@@ -263,7 +264,7 @@ def test_what_is_refused(ranks: list[dict[str, Any]]) -> None:
         for what in ("others", "rows on one", "nothing on one", "reset on one"):
             assert "RuntimeError: all_reduce: the ranks ask for different statistics" in got[what]
         assert "RuntimeError: all_reduce: the ranks' gradients differ in their channels at some of c" in got["channels"]
-        assert "RuntimeError: all_reduce: 'c' was reduced over this group already; call reset()" in got["twice"]
+        assert "RuntimeError: all_reduce: 'c' was reduced over this group already" in got["twice"]
         assert got["after reset"] == "no error"
         if rank < 2 < len(ranks):
             assert "ValueError: all_reduce: the group, of the ranks [0, 1], has some of those" in got["some of a mesh"]
