@@ -74,8 +74,8 @@ def _again(slot: Slot, ranks: tuple[int, ...]) -> bool:
 def _device(group: ProcessGroup | None) -> torch.device:
     """Where tensors are sent from: by the group alone, since a rank that no gradient came to has no other sign."""
     # Not get_backend(), which of init_process_group() without a backend is "undefined".
-    on_gpu = "nccl" in dist.get_backend_config(group)
-    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+    kinds = [pair.partition(":")[0] for pair in dist.get_backend_config(group).split(",")]
+    return torch.device("cpu") if "cpu" in kinds else torch.device(kinds[0], torch.accelerator.current_device_index())
 
 
 def _came(slot: Slot) -> tuple[float, float]:

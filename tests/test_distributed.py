@@ -282,7 +282,7 @@ def test_without_a_process_group() -> None:
 
 def test_what_is_sent_from_a_gpu_is_sent_from_one_on_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     """On one that no gradient came to, too; here as init_process_group() without a backend is where there are GPUs."""
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 1)
     monkeypatch.setattr(dist, "get_backend", lambda _: "undefined")
     monkeypatch.setattr(dist, "get_backend_config", lambda _: "cuda:nccl")
     assert _device(None) == torch.device("cuda:1")
