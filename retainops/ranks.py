@@ -33,7 +33,7 @@ def all_reduce(slots: Mapping[str, Slot], group: ProcessGroup | None) -> None:
         raise RuntimeError("all_reduce: torch.distributed is not set up; call init_process_group()")
     asked = {name: slot for name, slot in slots.items() if isinstance(slot.want, Stats)}
     ranks = tuple(dist.get_process_group_ranks(group))
-    device = _device(asked, group)
+    device = _device(group)
     sizes = _agree(asked, ranks, device, group)
     # From here on all ranks find the same, so that none of them waits for one that has raised an error.
     if not asked:
@@ -45,8 +45,11 @@ def all_reduce(slots: Mapping[str, Slot], group: ProcessGroup | None) -> None:
                 f"all_reduce: '{name}' has statistics over {over}, and each rank's {over} are its own; gather them "
                 "with torch.distributed.all_gather, or name other points in patterns"
             )
-        if ranks in slot._reduced_over:
-            raise RuntimeError(f"all_reduce: '{name}' was reduced over this group already; call reset() in between")
+        if _again(slot, ranks):
+            raise RuntimeError(
+                f"all_reduce: '{name}' was reduced over this group already, or over several of its ranks, which would "
+                "count again; call reset() in between, or reduce once over all of them"
+            )
     fields = list(_fields(asked, sizes))
     sums = [field for field in fields if field[1] != "amax"]
     maxima = [field for field in fields if field[1] == "amax"]
@@ -63,13 +66,16 @@ def all_reduce(slots: Mapping[str, Slot], group: ProcessGroup | None) -> None:
         slot._reduced_over.add(ranks)
 
 
-def _device(asked: Mapping[str, Slot], group: ProcessGroup | None) -> torch.device:
-    there = (part for slot in asked.values() for part in map(_local, slot._parts.values()))
-    first = next(there, None)
-    if first is not None:
-        return first.device
-    on_gpu = "nccl" in dist.get_backend(group)
-    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+def _again(slot: Slot, ranks: tuple[int, ...]) -> bool:
+    """Whether ranks of the group have the same statistics by an earlier `all_reduce`."""
+    return any(ranks == over or len({*ranks} & {*over}) > 1 for over in slot._reduced_over)
+
+
+def _device(group: ProcessGroup | None) -> torch.device:
+    """Where tensors are sent from: by the group alone, since a rank that no gradient came to has no other sign."""
+    # Not get_backend(), which of init_process_group() without a backend is "undefined".
+    kinds = [pair.partition(":")[0] for pair in dist.get_backend_config(group).split(",")]
+    return torch.device("cpu") if "cpu" in kinds else torch.device(kinds[0], torch.accelerator.current_device_index())
 
 
 def _came(slot: Slot) -> tuple[float, float]:
@@ -88,13 +94,21 @@ def _agree(
 
     Raises:
         RuntimeError: on every rank, if they ask for different things, or have different numbers of channels.
+        ValueError: on every rank, if the group cuts through the mesh of a DTensor that some rank has.
     """
-    text = repr([(name, slot.want, slot.parts, ranks in slot._reduced_over) for name, slot in asked.items()])
+    text = repr([(name, slot.want, slot.parts, _again(slot, ranks)) for name, slot in asked.items()])
     layout = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "little")
-    if not _same([layout], device, group)[1]:
+    cuts = any(_cuts(slot, ranks) for slot in asked.values())
+    (_, cut), same = _same([layout, 1 if cuts else -1], device, group, missing=-1)
+    if not same:
         raise RuntimeError(
             "all_reduce: the ranks ask for different statistics; ask for the same points and the same Stats on each, "
             "and call reset() on each"
+        )
+    if cut == 1:
+        raise ValueError(
+            f"all_reduce: the group, of the ranks {list(ranks)}, has some of those along a dim of a DTensor's mesh and "
+            "not the others; take all or one"
         )
     over_channels = {name: slot for name, slot in asked.items() if slot.want.over == "channels"}  # type: ignore[union-attr]
     own = [next((p.shape[0] for p in slot._parts.values() if len(p.shape)), -1) for slot in over_channels.values()]
@@ -130,21 +144,29 @@ def _fields(asked: Mapping[str, Slot], sizes: list[int]) -> Iterator[Field]:
             yield slot, name, own
 
 
+def _along(slot: Slot) -> list[tuple[list[int], int]]:
+    """Of the mesh of a slot's DTensors, if it has any: the ranks along each dim, and this one's place among them.
+
+    Once they were reduced they are no DTensors any more, and still of the whole mesh.
+    """
+    mesh = next((part.device_mesh for part in slot._parts.values() if is_dtensor(part)), None)  # type: ignore[union-attr]
+    if mesh is None:
+        return slot._along
+    dims = range(mesh.ndim)
+    return [(dist.get_process_group_ranks(mesh.get_group(dim)), mesh.get_local_rank(dim)) for dim in dims]
+
+
+def _cuts(slot: Slot, ranks: tuple[int, ...]) -> bool:
+    """Whether the group has several of the ranks along a dim of the mesh, and not all."""
+    return any(1 < sum(rank in ranks for rank in along) < len(along) for along, _ in _along(slot))
+
+
 def _counted(slot: Slot, ranks: tuple[int, ...]) -> bool:
     """Whether this rank's statistics count: of ranks that hold the same ones, the first does.
 
     Those of a DTensor are of its whole mesh, on every rank of it.
     """
-    meshes = [part.device_mesh for part in slot._parts.values() if is_dtensor(part)]  # type: ignore[union-attr]
-    for mesh in meshes[:1]:
-        for dim in range(mesh.ndim):
-            along = dist.get_process_group_ranks(mesh.get_group(dim))
-            inside = sum(rank in ranks for rank in along)
-            if 1 < inside < len(along):
-                raise ValueError(f"all_reduce: the group has some of the mesh's ranks {along}; take all or one")
-            if inside > 1 and mesh.get_local_rank(dim):
-                return False
-    return True
+    return not any(place and sum(rank in ranks for rank in along) > 1 for along, place in _along(slot))
 
 
 def _sent(field: Field, counted: Mapping[int, bool], device: torch.device) -> torch.Tensor:
@@ -182,10 +204,11 @@ def _put(
             continue
         assert isinstance(slot.want, Stats)
         dtype = torch.float64 if wide else torch.float32
+        own = next((_local(part).device for part in slot._parts.values()), None)
         slot.note_arrival()  # here none may have come: it then counts as the last in backward
         parts: dict[str, Any] = {}
         for name in slot.want.parts:
             value = found[id(slot), name]
             value = from_order(value, torch.float64) if name == "amax" else value
-            parts[name] = value.to(torch.int64 if name in WHOLE else dtype)
-        slot._parts = parts
+            parts[name] = value.to(own, torch.int64 if name in WHOLE else dtype)
+        slot._along, slot._parts = _along(slot), parts

@@ -132,8 +132,9 @@ class Retained(Mapping[str, Slot]):
 
         Raises:
             RuntimeError: there is no process group, the ranks ask for different statistics, or these were reduced over
-                this group already.
-            ValueError: there are no statistics, or some over rows, which are each rank's own.
+                this group, or several of its ranks, already.
+            ValueError: there are no statistics, or some over rows, which are each rank's own; or the group has several
+                ranks of a dim of a DTensor's mesh, but not all of them.
 
         Example:
             >>> with ro.retain(ddp_model, "layers.*", ro.Stats("l2", "amax")) as kept:

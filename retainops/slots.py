@@ -68,6 +68,7 @@ class Slot(Addressee):
         self._may_rebind = False
         self._parts: dict[str, PartOfStats] = {}
         self._reduced_over: set[tuple[int, ...]] = set()  # ranks that the statistics are of, beside this one
+        self._along: list[tuple[list[int], int]] = []  # and, reduced, those of the mesh that they were DTensors of
         self._arrival: Arrival | None = None
         self._connect()
 
@@ -150,6 +151,7 @@ class Slot(Addressee):
         self._may_rebind = True
         self._parts = {}
         self._reduced_over = set()
+        self._along = []
         self._others = None
         self._arrival = None
         self.carrier.grad = None

@@ -18,6 +18,7 @@ from tests.on_ranks import (
     MLP,
     D,
     batch,
+    error_of,
     mesh,
     model_of,
     step,
@@ -182,4 +183,6 @@ def case_two_dims() -> Any:
     kept.all_reduce()
     over_dp, _, _ = tensor_parallel(False, both["tp"], mine)
     over_dp.all_reduce(both.get_group("dp"))
-    return {"stats": kept.to_dict(), "over_dp": over_dp.to_dict()}
+    found = {"stats": kept.to_dict(), "over_dp": over_dp.to_dict()}
+    over_dp.all_reduce(both.get_group("tp"))  # whose ranks have the same by now
+    return {**found, "over_both": over_dp.to_dict(), "again": error_of(over_dp.all_reduce)}

@@ -73,6 +73,8 @@ def case_points_that_some_ranks_have_no_gradient_for() -> Any:
 
 
 def case_what_is_refused() -> Any:
+    from torch.distributed.tensor import DTensor, Shard
+
     rank, g = dist.get_rank(), torch.ones(2, 2 + dist.get_rank())
     found = {"no statistics": error_of(lambda: ro.Retained("c").all_reduce())}
     found["rows"] = error_of(lambda: ro.Retained(c=ro.Stats("l2", over="rows")).all_reduce())
@@ -96,6 +98,12 @@ def case_what_is_refused() -> Any:
     twice.reset()
     gradient(twice, g)
     found["after reset"] = error_of(twice.all_reduce)
+    of_mesh, some = ro.Retained(c=ro.Stats("l2")), dist.new_group([0, 1])
+    if rank != 1:  # which alone cannot know that the group cuts through the mesh
+        x = DTensor.from_local(torch.ones(2), mesh(), [Shard(0)], run_check=False).requires_grad_()
+        ro.point(x * 1, "c", retain=of_mesh).sum().backward()
+    if rank < 2 and dist.get_world_size() > 2:
+        found["some of a mesh"] = error_of(lambda: of_mesh.all_reduce(some))
     alone = dist.new_group([0])
     found["not in the group"] = error_of(lambda: ro.watch(Chain(1.0), group=alone).close())
     return found

@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import retainops as ro
+from retainops.ranks import _device
 from tests import on_ranks
 from tests.small_model import Model
 
@@ -154,8 +156,9 @@ def test_data_and_tensor_parallel(ranks: list[dict[str, Any]]) -> None:
     """Whether the group is all ranks, or those along the dim of the mesh that splits the batch."""
     single = on_ranks.single(on_ranks.MLP)
     for got in results(ranks, "two_dims"):
-        for which in ("stats", "over_dp"):
+        for which in ("stats", "over_dp", "over_both"):
             assert_same(got[which], single["stats"], divide=2)
+        assert "was reduced over this group already, or over several of its ranks" in got["again"]
 
 
 def test_dtensors_however_they_are_placed(ranks: list[dict[str, Any]]) -> None:
@@ -261,8 +264,10 @@ def test_what_is_refused(ranks: list[dict[str, Any]]) -> None:
         for what in ("others", "rows on one", "nothing on one", "reset on one"):
             assert "RuntimeError: all_reduce: the ranks ask for different statistics" in got[what]
         assert "RuntimeError: all_reduce: the ranks' gradients differ in their channels at some of c" in got["channels"]
-        assert "RuntimeError: all_reduce: 'c' was reduced over this group already; call reset()" in got["twice"]
+        assert "RuntimeError: all_reduce: 'c' was reduced over this group already" in got["twice"]
         assert got["after reset"] == "no error"
+        if rank < 2 < len(ranks):
+            assert "ValueError: all_reduce: the group, of the ranks [0, 1], has some of those" in got["some of a mesh"]
         assert got["not in the group"] == (
             "ValueError: watch: this rank is not in the group that is given; watch on the ranks of the group"
             if rank
@@ -273,6 +278,14 @@ def test_what_is_refused(ranks: list[dict[str, Any]]) -> None:
 def test_without_a_process_group() -> None:
     with pytest.raises(RuntimeError, match=r"torch.distributed is not set up; call init_process_group\(\)"):
         ro.Retained(c=ro.Stats("l2")).all_reduce()
+
+
+def test_what_is_sent_from_a_gpu_is_sent_from_one_on_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On one that no gradient came to, too; here as init_process_group() without a backend is where there are GPUs."""
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 1)
+    monkeypatch.setattr(dist, "get_backend", lambda _: "undefined")
+    monkeypatch.setattr(dist, "get_backend_config", lambda _: "cuda:nccl")
+    assert _device(None) == torch.device("cuda:1")
 
 
 def test_watch(ranks: list[dict[str, Any]]) -> None:
