@@ -117,6 +117,16 @@ def test_two_layers_add_up_in_one_slot() -> None:
             torch.testing.assert_close(states[1][name], x)
 
 
+def test_dtypes_that_eager_code_refuses() -> None:
+    q, k, v, _ = CASES["plain"].tensors(torch.float32)
+    wide = k.detach().double()  # Dynamo asks for the .grad of what has one
+    run = torch.compile(lambda *inputs: ro.attention(*inputs, softcap=2.0), fullgraph=True, backend="eager")
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="q is torch.float32, k torch.float64 and v torch.float32"):
+        run(q, wide, v)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="attn_mask is torch.int64"):
+        run(q, k, v, torch.ones(q.shape[-2], k.shape[-2], dtype=torch.int64))
+
+
 def test_shapes_may_change() -> None:
     def call(q: Tensor, k: Tensor, v: Tensor, kept: ro.Retained) -> Tensor:
         return ro.attention(q, k, v, is_causal=True, retain=kept)

@@ -67,12 +67,25 @@ def check_head_sizes(q: Any, k: Any) -> None:
 
 
 def validate(inputs: tuple[Any, ...]) -> None:
-    """Raise what PyTorch raises of these inputs, by its function of their shapes."""
-    if not torch.compiler.is_compiling():
-        casts = autocasts(inputs[0])  # it would not on meta
+    """Raise what PyTorch raises of these inputs, by its function of their shapes.
+
+    In compiled code that would be in the graph; there the products refuse shapes, but not dtypes.
+    """
+    casts = autocasts(inputs[0])  # it would not on meta
+    if torch.compiler.is_compiling():
+        _check_dtypes(inputs[:4], casts)
+    else:
         dtype = product_dtype(inputs[0]) if casts else None
         q, k, v, mask = (None if t is None else _on_meta(t, dtype) for t in inputs[:4])
         sdpa((q, k, v, mask, inputs[4], False, *inputs[6:8]))
+
+
+def _check_dtypes(tensors: Sequence[Any], casts: bool) -> None:
+    q, k, v, mask = tensors
+    if not casts and not q.dtype == k.dtype == v.dtype:
+        raise RuntimeError(f"attention: q is {q.dtype}, k {k.dtype} and v {v.dtype}; expected one dtype")
+    if mask is not None and mask.dtype not in (torch.bool, torch.float32, q.dtype):
+        raise RuntimeError(f"attention: attn_mask is {mask.dtype}; expected torch.bool, torch.float32 or q's {q.dtype}")
 
 
 def _on_meta(t: Tensor, dtype: torch.dtype | None) -> Tensor:

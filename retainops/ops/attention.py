@@ -128,6 +128,7 @@ def attention_of(inputs: tuple[Any, ...], requests: Sequence[Any]) -> Tensor:
     if is_plain(inputs):
         o = sdpa(inputs)
     elif compiling:
+        validate(inputs)
         o = _attention_compiled.tiled(call, tensors, product_dtype(tensors[0]))
     else:
         validate(inputs)
