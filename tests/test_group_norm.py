@@ -132,12 +132,12 @@ def test_layouts_of_the_input(layout: str, kernels: Path) -> None:
 
 @pytest.mark.parametrize("shape", [(2, 6, 7, 11), (1, 6, 33_001), (2, 8, 33, 33)], ids=str)
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, CHANNELS_LAST], ids=str)
-def test_of_groups_of_equal_values_nothing_is_left(shape: tuple, memory_format: Any, kernels: Path) -> None:
+def test_of_groups_of_equal_values_nothing_is_left(shape: tuple, memory_format: Any, path: Path) -> None:
     """As of rows in tests/test_norm.py."""
     if memory_format is CHANNELS_LAST and len(shape) < 4:
         shape = (*shape, 1)
-    x = torch.full(shape, 12345.678, device=kernels.device).contiguous(memory_format=memory_format).requires_grad_()
-    w = torch.ones(shape[1], device=kernels.device, requires_grad=True)
+    x = torch.full(shape, 12345.678, device=path.device).contiguous(memory_format=memory_format).requires_grad_()
+    w = torch.ones(shape[1], device=path.device, requires_grad=True)
     y = group_norm(x, 2, w)
     torch.testing.assert_close(y, torch.zeros_like(y), rtol=0, atol=1e-5)
     for got in torch.autograd.grad(y.sum(), (x, w)):

@@ -237,11 +237,11 @@ def test_special_rows(op: Op, cut: str, path: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("op", [LAYER_NORM, ADD_LAYER_NORM], ids=lambda op: op.name)
 @pytest.mark.parametrize("columns", [65, 768, 1000, 1024, 40_000])
-def test_of_rows_of_equal_values_nothing_is_left(op: Op, columns: int, kernels: Path) -> None:
+def test_of_rows_of_equal_values_nothing_is_left(op: Op, columns: int, path: Path) -> None:
     """Their mean is a rounded sum's, and a small eps makes its error large. Beside them, rows that vary a little."""
-    x = torch.tensor([12345.678, 12.3, -0.1, 1e-30, 1e30], device=kernels.device)[:, None].repeat(1, columns)
-    vary = 100 + 1e-3 * torch.randn(2, columns, generator=torch.Generator().manual_seed(0)).to(kernels.device)
-    x, w = torch.cat([x, vary]).requires_grad_(), torch.ones(columns, device=kernels.device, requires_grad=True)
+    x = torch.tensor([12345.678, 12.3, -0.1, 1e-30, 1e30], device=path.device)[:, None].repeat(1, columns)
+    vary = 100 + 1e-3 * torch.randn(2, columns, generator=torch.Generator().manual_seed(0)).to(path.device)
+    x, w = torch.cat([x, vary]).requires_grad_(), torch.ones(columns, device=path.device, requires_grad=True)
     rest = (w, None, 1e-5)
     if op is LAYER_NORM:
         y = op.call(x, *rest)

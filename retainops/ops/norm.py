@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -172,14 +173,29 @@ def rms_norm_reference(x: Any, weight: Any, eps: float, offset: float, round_fir
 
 def layer_norm_reference(x: Any, weight: Any, bias: Any, eps: float, point: Point) -> Tensor:
     """The definition."""
-    held = _held(x)
-    centred = held - _mean(held)
-    y = point("xhat", centred * torch.rsqrt(_mean(centred * centred) + eps))
+    centred, square = around_mean(_held(x), _mean)
+    held = centred.dtype
+    y = point("xhat", centred * torch.rsqrt(square + eps))
     if weight is not None:
-        y = y * weight.to(held.dtype)
+        y = y * weight.to(held)
     if bias is not None:
-        y = y + bias.to(held.dtype)
+        y = y + bias.to(held)
     return y.to(x.dtype)
+
+
+def around_mean(x: Tensor, mean: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """What is left of x around its mean, and the mean of its squares.
+
+    The sum that gives a mean is rounded: where hardly anything is left, as in the kernels, the mean of that goes, too.
+    It is nothing but rounding, and has no gradient.
+    """
+    middle = mean(x)
+    centred = x - middle
+    square, little = mean(centred * centred), 2.0**-15 * middle
+    left = torch.where(
+        square < little * little, mean(centred), 0.0
+    ).detach()
+    return centred - left, (square - left * left).clamp(min=0.0)
 
 
 def add_rms_norm_reference(x: Any, residual: Any, *rest: Any) -> tuple[Tensor, Tensor]:
