@@ -192,9 +192,7 @@ def around_mean(x: Tensor, mean: Callable[[Tensor], Tensor]) -> tuple[Tensor, Te
     middle = mean(x)
     centred = x - middle
     square, little = mean(centred * centred), 2.0**-15 * middle
-    left = torch.where(
-        square < little * little, mean(centred), 0.0
-    ).detach()
+    left = torch.where(square < little * little, mean(centred), 0.0).detach()
     return centred - left, (square - left * left).clamp(min=0.0)
 
 
