@@ -50,7 +50,7 @@ class GateFirstRMSNorm(LlamaRMSNorm):
 
     def point_infos(self) -> tuple[PointInfo, ...]:
         gate, up = PointInfo("gate", "gate", "of gate"), PointInfo("up", "x", "of x")
-        grouped = (dataclasses.replace(p, shape="(..., groups, channels of a group)") for p in self.op.points)
+        grouped = (dataclasses.replace(p, shape="of x, in groups") for p in self.op.points)
         return gate, up, PointInfo("act", "silu(gate)", "of gate"), *grouped
 
     def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
