@@ -10,6 +10,12 @@ import torch
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+def is_stand_in(x: Any) -> bool:
+    """Whether it stands for a tensor, as torch.fx's proxies do: PyTorch's own operations know what to say of it."""
+    # In compiled code there are none, and Dynamo of torch 2.11 cannot ask the class of None.
+    return not (isinstance(x, torch.Tensor) or torch.compiler.is_compiling()) and hasattr(type(x), "__torch_function__")
+
+
 def check_elementwise(op: str, /, **inputs: Any) -> None:
     """Inputs of an elementwise op: tensors that broadcast, on one device; Python numbers among them.
 
@@ -23,8 +29,8 @@ def check_elementwise(op: str, /, **inputs: Any) -> None:
     for name, x in inputs.items():
         if isinstance(x, torch.Tensor):
             tensors[name] = x
-        elif hasattr(type(x), "__torch_function__"):
-            return  # a stand-in for a tensor, such as torch.fx's proxies: PyTorch's own operations know what to say
+        elif is_stand_in(x):
+            return
         elif not isinstance(x, numbers.Number):
             raise TypeError(f"{op}: {name} is {type(x).__name__}; expected a torch.Tensor or a Python number")
     if not tensors:
@@ -46,8 +52,8 @@ def check_tensor(op: str, /, **inputs: Any) -> None:
         TypeError: one is not a tensor.
     """
     for name, x in inputs.items():
-        # As above: a stand-in for a tensor will do, and while compiling nothing is checked.
-        if not (isinstance(x, torch.Tensor) or hasattr(type(x), "__torch_function__") or torch.compiler.is_compiling()):
+        # While compiling nothing is checked.
+        if not (isinstance(x, torch.Tensor) or torch.compiler.is_compiling() or is_stand_in(x)):
             raise TypeError(f"{op}: {name} is {type(x).__name__}; expected a torch.Tensor")
 
 
@@ -100,8 +106,8 @@ def check_norm(op: str, x: Any, eps: Any, offset: Any = 0.0, /, **others: Any) -
     """
     tensors = {"x": x, **{name: t for name, t in others.items() if t is not None or name == "residual"}}
     for name, t in tensors.items():
-        if hasattr(type(t), "__torch_function__") and not isinstance(t, torch.Tensor):
-            return  # a stand-in for a tensor, as above
+        if is_stand_in(t):
+            return
         if not isinstance(t, torch.Tensor):
             raise TypeError(f"{op}: {name} is {type(t).__name__}; expected a torch.Tensor")
     for name, number in (("eps", eps), ("offset", offset)):

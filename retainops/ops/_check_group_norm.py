@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from retainops.ops._check import is_stand_in
+
 Tensor = torch.Tensor
 
 
@@ -20,8 +22,8 @@ def check_group_norm(x: Any, num_groups: Any, weight: Any, bias: Any, eps: Any) 
     """
     tensors = {"x": x, **{name: t for name, t in (("weight", weight), ("bias", bias)) if t is not None}}
     for name, t in tensors.items():
-        if hasattr(type(t), "__torch_function__") and not isinstance(t, Tensor):
-            return  # a stand-in for a tensor, such as torch.fx's proxies: PyTorch's own operations know what to say
+        if is_stand_in(t):
+            return
         if not isinstance(t, Tensor):
             raise TypeError(f"group_norm: {name} is {type(t).__name__}; expected a torch.Tensor")
     if not isinstance(num_groups, numbers.Integral) or isinstance(num_groups, bool):

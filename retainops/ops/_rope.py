@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from retainops.dispatch import HAS_TRITON
+from retainops.ops._check import is_stand_in
 from retainops.ops._plan import Plan
 from retainops.registry import Op
 from retainops.slots import Slot
@@ -168,8 +169,8 @@ def check(q: Any, k: Any, cos: Any, sin: Any, **flags: Any) -> None:
         RuntimeError: a shape or device that does not go with q's.
     """
     tensors = {"q": q, "k": k, "cos": cos, "sin": sin}
-    if any(hasattr(type(t), "__torch_function__") and not isinstance(t, Tensor) for t in tensors.values()):
-        return  # a stand-in for a tensor, such as torch.fx's proxies: PyTorch's own operations know what to say
+    if any(is_stand_in(t) for t in tensors.values()):
+        return
     for name, t in tensors.items():
         if not isinstance(t, Tensor):
             raise TypeError(f"rope: {name} is {type(t).__name__}; expected a torch.Tensor")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from retainops.dispatch import HAS_TRITON
+from retainops.ops._check import is_stand_in
 from retainops.ops._plan import Plan
 from retainops.registry import Op
 from retainops.slots import Slot
@@ -178,8 +179,8 @@ def check(op: str, x: Any, scale: Any, mask: Any, causal: Any) -> None:
         TypeError: an argument of a wrong type or dtype.
         RuntimeError: a shape or device that does not go with x's.
     """
-    if any(hasattr(type(t), "__torch_function__") and not isinstance(t, Tensor) for t in (x, scale, mask)):
-        return  # a stand-in for a tensor, such as torch.fx's proxies: PyTorch's own operations know what to say
+    if any(is_stand_in(t) for t in (x, scale, mask)):
+        return
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: x is {type(x).__name__}; expected a torch.Tensor")
     if not x.is_floating_point():
