@@ -24,7 +24,10 @@ def forecasts(ops: Iterable[Op], gpu: str = GPU) -> Iterator[Forecast]:
         for name, dtype in DTYPES.items():
             size = Size("64 MiB", "bandwidth", TENSOR_BYTES // dtype.itemsize // WIDTH)
             inputs = Case(op, name, size, jobs(op)[0], "retainops").inputs("cpu")
-            leaves = [x.requires_grad_(x.is_floating_point()) if isinstance(x, torch.Tensor) else x for x in inputs]
+            leaves = [
+                x.requires_grad_(x.is_floating_point() and i not in op.constants) if isinstance(x, torch.Tensor) else x
+                for i, x in enumerate(inputs)
+            ]
             for job in jobs(op):
                 if job.form == "Into":  # the same kernels and bytes as without
                     continue

@@ -158,3 +158,7 @@ def test_the_roofline_model_is_asked_about_each_job_alone(monkeypatch: pytest.Mo
     assert [len(kernels) for kernels in asked[:3]] == [1, 1, 1]
     assert [f.bytes for f in found] == [n * 2**20 for n in (3, 5, 6, 5)]
     assert found[0].seconds < found[1].seconds < found[2].seconds
+    asked.clear()
+    monkeypatch.setattr(forecast, "jobs", lambda op: [Job("backward")])
+    assert len(list(forecast.forecasts([find("rope")]))) == 1  # whose tables have no gradient
+    assert [kernels[0] for kernels in asked] == ["rope_kernel"]
