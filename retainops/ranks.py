@@ -103,7 +103,7 @@ def _agree(
     if not same:
         raise RuntimeError(
             "all_reduce: the ranks ask for different statistics; ask for the same points and the same Stats on each, "
-            "and call reset() on each"
+            "reduce over the same groups before, and call reset() on each"
         )
     if cut == 1:
         raise ValueError(

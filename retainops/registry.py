@@ -49,7 +49,7 @@ class Op:
         launch: `launch(inputs, slots)` runs the Triton path; `slots` maps point names to bound-to-be `Slot`s.
         refuses: `refuses(*inputs)` says why the kernels cannot take these inputs, or None.
         sample: `sample(shape, dtype, device, generator)` makes inputs for tests and benchmarks.
-        traffic: `traffic(*inputs)` is the fewest bytes that (forward, backward, its largest retained point) must move.
+        traffic: `traffic(*inputs)` is the fewest bytes that (forward, backward, a retained point) must move.
         outputs: of an op of several outputs, the name of the point that each is, or "" where it is none.
         constants: places of inputs that have no gradient on the kernels, though they may be floating-point: tables.
         kind: "elementwise", or "row" if elements along the last dim depend on each other, or "attention" if points are

@@ -125,6 +125,10 @@ def test_dtypes_that_eager_code_refuses() -> None:
         run(q, wide, v)
     with pytest.raises(torch._dynamo.exc.Unsupported, match="attn_mask is torch.int64"):
         run(q, k, v, torch.ones(q.shape[-2], k.shape[-2], dtype=torch.int64))
+    mask = torch.zeros(q.shape[-2], k.shape[-2], dtype=torch.bfloat16)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):  # which casts them
+        expected = ro.attention(q, k, v, mask, softcap=2.0)
+        torch.testing.assert_close(run(q, k, v, mask), expected, atol=1e-2, rtol=1e-2)
 
 
 def test_shapes_may_change() -> None:

@@ -286,3 +286,10 @@ def test_into_buffers(op: Op, accumulate: bool, cut: str, kernels: Path, monkeyp
         grads.append([slot.grad for slot in kept.values()])
     for without, with_ in zip(*grads, strict=True):
         torch.testing.assert_close(with_, without + accumulate)
+
+
+def test_layer_norm_of_complex_numbers_is_its_definition() -> None:
+    z = torch.complex(torch.arange(6.0).view(2, 3), torch.ones(2, 3))
+    centred = z - z.mean(-1, keepdim=True)
+    expected = centred * torch.rsqrt((centred * centred).mean(-1, keepdim=True) + 1e-5)
+    torch.testing.assert_close(ro.layer_norm(z), expected)

@@ -6,6 +6,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -128,6 +129,7 @@ def outcomes(work: Sequence[Task], jobs: int) -> Iterator[list[Outcome]]:
         return
     # Not forked: PyTorch has threads of its own by now, and a CUDA context may not be inherited.
     spawned = multiprocessing.get_context("spawn")
+    before = multiprocessing.active_children()
     with ProcessPoolExecutor(min(jobs, len(work)), spawned, torch.set_num_threads, (1,)) as pool:
         try:
             with _uninterrupted():  # which the others inherit, for as long as they live
@@ -137,12 +139,16 @@ def outcomes(work: Sequence[Task], jobs: int) -> Iterator[list[Outcome]]:
         except BaseException:  # at an interrupt, say, nobody waits for the rest
             pool.shutdown(wait=False, cancel_futures=True)
             for process in multiprocessing.active_children():
-                process.terminate()
+                if process not in before:
+                    process.terminate()
             raise
 
 
 @contextlib.contextmanager
 def _uninterrupted() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():  # where no signal arrives
+        yield
+        return
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield

@@ -1,12 +1,12 @@
 """Patterns of code: what they match, and what comes in its place.
 
 A pattern is Python. In it a name in capitals stands for any expression but a literal, `self.NAME` in capitals for any
-attribute, and another name for any variable, the same one throughout: one that the pattern does not assign to stands
-for none that it assigns to, and one that starts with "_" must be used nowhere else. `self` is the first parameter,
-whatever its name; in what processors.py looks at, the second. The name of a function that is called stands for itself;
-in capitals for whatever is called by name, an attribute of self or a global function. Of a call's arguments `*REST` and
-`**REST` stand for those that are left; a name in capitals that is the first statement of a block stands for all that
-the others leave of it.
+attribute, and another name for any variable, the same one throughout: one that it reads after its first statement, and
+does not assign to, stands for none that it assigns to; one that starts with "_" must be used nowhere else. `self` is
+the first parameter, whatever its name; in what processors.py looks at, the second. The name of a function that is
+called stands for itself; in capitals for whatever is called by name, an attribute of self or a global function. Of a
+call's arguments `*REST` and `**REST` stand for those that are left; a name in capitals that is the first statement of a
+block stands for all that the others leave of it.
 """
 
 from __future__ import annotations
@@ -89,8 +89,11 @@ def bind(pattern: Any, node: Any, found: Found) -> bool:
     """Whether a node is what a pattern says, given what its names stand for so far; they are added to."""
     if isinstance(pattern, list):
         if pattern and _block(pattern[0]).isupper():
-            left = len(node) - len(pattern) + 1
-            found[_block(pattern[0])], pattern, node = node[: max(left, 0)], pattern[1:], node[max(left, 0) :]
+            left = max(len(node) - len(pattern) + 1, 0)
+            block = found.setdefault(_block(pattern[0]), node[:left])
+            if [*map(ast.dump, block)] != [*map(ast.dump, node[:left])]:
+                return False
+            pattern, node = pattern[1:], node[left:]
         return len(pattern) == len(node) and all(bind(p, n, found) for p, n in zip(pattern, node, strict=True))
     if not isinstance(pattern, ast.AST):
         return bool(pattern == node)
@@ -194,6 +197,7 @@ class Rewriter(ast.NodeTransformer):
         names = Counter(name for statement in self.before for name in _loads(statement))
         self.uses = {name: n for name, n in names.items() if name.startswith("_")}
         self.assigned = {name for statement in self.before for name in _stores(statement)}
+        self.later = {name for statement in self.before[1:] for name in _loads(statement)} - self.assigned
         self.owner = next(iter(_parameters(method)[owner:]), "self")
         calls = [n for statement in self.before for n in ast.walk(statement) if isinstance(n, ast.Call)]
         self.callees = {n.func.id for n in calls if isinstance(n.func, ast.Name) and n.func.id.isupper()}
@@ -211,7 +215,7 @@ class Rewriter(ast.NodeTransformer):
         if any(self.loads[found[name]] != uses for name, uses in self.uses.items()):
             return False
         assigned = {found[name] for name in self.assigned}
-        if any(found[name] in assigned for name in found.keys() - self.assigned if name.islower()):
+        if any(found[name] in assigned for name in self.later if name.islower() and name in found):
             return False
         called = {name: self.called(found[name]) for name in self.callees}
         if None in called.values():

@@ -60,10 +60,11 @@ r = h
 h = self.NORM(h)
 """
 CROSSED = """
+h = X, Y
 if z is None:
-    h, r = self.fused_add_norm(self.NORM, X, Y)
+    h, r = self.fused_add_norm(self.NORM, *h)
 else:
-    h = X + Y
+    h = h[0] + h[1]
     CROSS_ATTENTION
     h, r = self.fused_add_norm(self.NORM, V, W)
 """

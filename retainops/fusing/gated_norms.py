@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
@@ -50,8 +49,8 @@ class GateFirstRMSNorm(LlamaRMSNorm):
 
     def point_infos(self) -> tuple[PointInfo, ...]:
         gate, up = PointInfo("gate", "gate", "of gate"), PointInfo("up", "x", "of x")
-        grouped = (dataclasses.replace(p, shape="of x, in groups") for p in self.op.points)
-        return gate, up, PointInfo("act", "silu(gate)", "of gate"), *grouped
+        xhat = PointInfo("xhat", "up * act / sqrt(mean((up * act)^2) + eps)", "of x, in groups")
+        return gate, up, PointInfo("act", "silu(gate)", "of gate"), xhat
 
     def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
         if gate is None:

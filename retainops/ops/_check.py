@@ -16,6 +16,11 @@ def is_stand_in(x: Any) -> bool:
     return not (isinstance(x, torch.Tensor) or torch.compiler.is_compiling()) and hasattr(type(x), "__torch_function__")
 
 
+def is_number(x: Any) -> bool:
+    """Whether it is a real number; one of numpy is an array to Dynamo, and of no value that can be asked for."""
+    return isinstance(x, numbers.Real) or (torch.compiler.is_compiling() and type(x).__name__ == "ndarray")
+
+
 def check_elementwise(op: str, /, **inputs: Any) -> None:
     """Inputs of an elementwise op: tensors that broadcast, on one device; Python numbers among them.
 
@@ -111,14 +116,15 @@ def check_norm(op: str, x: Any, eps: Any, offset: Any = 0.0, /, **others: Any) -
         if not isinstance(t, torch.Tensor):
             raise TypeError(f"{op}: {name} is {type(t).__name__}; expected a torch.Tensor")
     for name, number in (("eps", eps), ("offset", offset)):
-        if not isinstance(number, numbers.Real):
+        if not is_number(number):
             raise TypeError(f"{op}: {name} is {type(number).__name__}; expected a number, such as 1e-6")
-    if not float(eps) > 0:
+    if isinstance(eps, numbers.Real) and not float(eps) > 0:
         raise ValueError(f"{op}: eps is {eps}; expected a number above 0, such as 1e-6")
     if not (x.is_floating_point() or x.is_complex()):
         raise TypeError(f"{op}: x is {x.dtype}; expected a floating-point dtype: convert it with .to(torch.float32)")
     shape = x.shape if "residual" not in tensors else _shape_of_sum(op, x, tensors["residual"])
-    if not shape or not shape[-1]:
+    # In compiled code a size may be unknown, and a row without elements is left as it is.
+    if not shape or (not torch.compiler.is_compiling() and not shape[-1]):
         raise RuntimeError(f"{op}: x has shape {tuple(shape)}; expected (..., n) with n above 0: there is no row")
     for name, t in tensors.items():
         if name not in ("x", "residual") and t.shape != shape[-1:]:

@@ -71,25 +71,27 @@ def validate(inputs: tuple[Any, ...]) -> None:
 
     In compiled code that would be in the graph; there the products refuse shapes, but not dtypes.
     """
-    casts = autocasts(inputs[0])  # it would not on meta
+    cast_to = product_dtype(inputs[0]) if autocasts(inputs[0]) else None  # it would not on meta
     if torch.compiler.is_compiling():
-        _check_dtypes(inputs[:4], casts)
+        _check_dtypes(*(None if t is None else _cast(t, cast_to) for t in inputs[:4]))
     else:
-        dtype = product_dtype(inputs[0]) if casts else None
-        q, k, v, mask = (None if t is None else _on_meta(t, dtype) for t in inputs[:4])
+        q, k, v, mask = (None if t is None else _on_meta(t, _cast(t, cast_to)) for t in inputs[:4])
         sdpa((q, k, v, mask, inputs[4], False, *inputs[6:8]))
 
 
-def _check_dtypes(tensors: Sequence[Any], casts: bool) -> None:
-    q, k, v, mask = tensors
-    if not casts and not q.dtype == k.dtype == v.dtype:
-        raise RuntimeError(f"attention: q is {q.dtype}, k {k.dtype} and v {v.dtype}; expected one dtype")
-    if mask is not None and mask.dtype not in (torch.bool, torch.float32, q.dtype):
-        raise RuntimeError(f"attention: attn_mask is {mask.dtype}; expected torch.bool, torch.float32 or q's {q.dtype}")
+def _check_dtypes(q: Any, k: Any, v: Any, mask: Any) -> None:
+    if not q == k == v:
+        raise RuntimeError(f"attention: q is {q}, k {k} and v {v}; expected one dtype")
+    if mask not in (None, torch.bool, torch.float32, q):
+        raise RuntimeError(f"attention: attn_mask is {mask}; expected torch.bool, torch.float32 or q's {q}")
 
 
-def _on_meta(t: Tensor, dtype: torch.dtype | None) -> Tensor:
-    dtype = t.dtype if dtype is None or t.dtype in (torch.bool, torch.float64) else dtype
+def _cast(t: Tensor, cast_to: torch.dtype | None) -> torch.dtype:
+    """What autocast makes of a dtype, if it is on: then with a dtype to cast to."""
+    return t.dtype if cast_to is None or t.dtype in (torch.bool, torch.float64) else cast_to
+
+
+def _on_meta(t: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_strided(t.shape, t.stride(), dtype=dtype, device="meta")
 
 

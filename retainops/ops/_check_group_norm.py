@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from retainops.ops._check import is_stand_in
+from retainops.ops._check import is_number, is_stand_in
 
 Tensor = torch.Tensor
 
@@ -26,11 +26,12 @@ def check_group_norm(x: Any, num_groups: Any, weight: Any, bias: Any, eps: Any) 
             return
         if not isinstance(t, Tensor):
             raise TypeError(f"group_norm: {name} is {type(t).__name__}; expected a torch.Tensor")
-    if not isinstance(num_groups, numbers.Integral) or isinstance(num_groups, bool):
+    known = isinstance(num_groups, numbers.Integral)
+    if isinstance(num_groups, bool) or not (known or (is_number(num_groups) and not isinstance(num_groups, float))):
         raise TypeError(f"group_norm: num_groups is {type(num_groups).__name__}; expected an integer, such as 32")
-    if not isinstance(eps, numbers.Real):
+    if not is_number(eps):
         raise TypeError(f"group_norm: eps is {type(eps).__name__}; expected a number, such as 1e-5")
-    if not float(eps) > 0:
+    if isinstance(eps, numbers.Real) and not float(eps) > 0:
         raise ValueError(f"group_norm: eps is {eps}; expected a number above 0, such as 1e-5")
     if not (x.is_floating_point() or x.is_complex()):
         raise TypeError(
@@ -38,7 +39,7 @@ def check_group_norm(x: Any, num_groups: Any, weight: Any, bias: Any, eps: Any) 
         )
     if x.dim() < 2 or not x.shape[1]:
         raise RuntimeError(f"group_norm: x has shape {tuple(x.shape)}; expected (batch, channels, ...)")
-    if num_groups < 1 or x.shape[1] % num_groups:
+    if known and (num_groups < 1 or x.shape[1] % num_groups):
         raise RuntimeError(
             f"group_norm: num_groups is {num_groups}, and x of shape {tuple(x.shape)} has {x.shape[1]} channels; "
             "expected a number that divides them"

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-import numbers
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from retainops.dispatch import HAS_TRITON
-from retainops.ops._check import is_stand_in
+from retainops.ops._check import is_number, is_stand_in
 from retainops.ops._plan import Plan
 from retainops.registry import Op
 from retainops.slots import Slot
@@ -201,7 +200,7 @@ def _check_scale(op: str, x: Tensor, scale: Any) -> None:
                 f"{op}: scale is a tensor of shape {tuple(scale.shape)} and {scale.dtype}; expected a number, or a "
                 "floating-point tensor of no dims; multiply x by others beforehand"
             )
-    elif not isinstance(scale, numbers.Real):
+    elif not is_number(scale):
         raise TypeError(f"{op}: scale is {type(scale).__name__}; expected a number, such as 0.125")
     elif isinstance(scale, int) and scale < 1:
         raise TypeError(

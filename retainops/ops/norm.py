@@ -191,9 +191,10 @@ def around_mean(x: Tensor, mean: Callable[[Tensor], Tensor]) -> tuple[Tensor, Te
     """
     middle = mean(x)
     centred = x - middle
-    square, little = mean(centred * centred), 2.0**-15 * middle
-    left = torch.where(square < little * little, mean(centred), 0.0).detach()
-    return centred - left, (square - left * left).clamp(min=0.0)
+    if not x.is_complex():
+        seen, little = centred.detach(), 2.0**-15 * middle.detach()
+        centred = centred - torch.where(mean(seen * seen) < little * little, mean(seen), 0.0)
+    return centred, mean(centred * centred)
 
 
 def add_rms_norm_reference(x: Any, residual: Any, *rest: Any) -> tuple[Tensor, Tensor]:

@@ -93,6 +93,20 @@ class Crossing(Parts):
         return r + self.mlp(h)
 
 
+class FoundInTheSum(Parts):
+    """What is asked for after the sum is known by it alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        memory = None if self.training else x
+        h = x + (memory := self.attention(x) if memory is None else self.mlp(x))
+        if memory is not None:
+            r = self.scale(h)
+            h = r + 10 * memory
+        r = h
+        h = self.norm(h)
+        return r + self.mlp(h)
+
+
 class TwoSums(Parts):
     """The same in two branches: a norm is of its module, and may have several places."""
 
@@ -115,6 +129,7 @@ SHAPES = [
     NormLast,
     NormOfAll,
     Crossing,
+    FoundInTheSum,
 ]
 
 
