@@ -35,8 +35,11 @@ GATED = "_a = self.ACT(X)\nb = Y\nc = _a * b", "_a = X\nb = Y\nc = self.gated(se
 CALLED = "ACT(X) * Y", "self.g(ACT, X, Y)"
 REST = "FN(X, *REST, **NAMED)", "self.g(FN, X, *REST, **NAMED)"
 BLOCK = "h = X + 1\nif z:\n    BODY\n    h = Y", "if z:\n    h = X\n    BODY\n    h = Y + 1\nelse:\n    h = X + 1"
+SAME = "if X:\n    BODY\nelse:\n    BODY", "if True:\n    BODY"
 CHAIN = "h = self.A(x)\nh = self.B(h)", "h = self.ab(x)"
 CASES = [
+    (SAME, "if y:\n    self.f(x)\nelse:\n    self.f(x)", "if True:\n    self.f(x)"),
+    (SAME, "if y:\n    self.f(x)\nelse:\n    self.g(x)", None),
     (CHAIN, "x = self.f(x)\nx = self.g(x)", "x = self.ab(x)"),  # read before anything is assigned to
     (BLOCK, "x = y + 1\nif y:\n    x = 2 * x", "if y:\n    x = y\n    x = 2 * x + 1\nelse:\n    x = y + 1"),
     (
