@@ -236,9 +236,16 @@ def test_compiled_row_ops_refuse_what_eager_does(op, inputs: tuple, error: type[
         torch.compile(op, backend="eager")(*inputs)
 
 
-@pytest.mark.parametrize("call", [lambda x, n: ro.layer_norm(x, eps=n), ro.softmax, lambda x, n: ro.rms_norm(x, eps=n)])
-def test_numbers_of_numpy_in_compiled_code(call) -> None:
+NUMBERED = {
+    "layer_norm": (lambda x, n: ro.layer_norm(x, eps=n), "float64", 0.5),
+    "softmax": (ro.softmax, "float64", 0.5),
+    "group_norm": (ro.group_norm, "int64", 2),
+}
+
+
+@pytest.mark.parametrize(("call", "kind", "number"), NUMBERED.values(), ids=NUMBERED)
+def test_numbers_of_numpy_in_compiled_code(call, kind: str, number: float) -> None:
     numpy = pytest.importorskip("numpy")
     x = torch.arange(12.0).view(3, 4)
     compiled = torch.compile(call, backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(x, numpy.float64(0.5)), call(x, 0.5))
+    torch.testing.assert_close(compiled(x, getattr(numpy, kind)(number)), call(x, number))

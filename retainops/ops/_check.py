@@ -16,9 +16,9 @@ def is_stand_in(x: Any) -> bool:
     return not (isinstance(x, torch.Tensor) or torch.compiler.is_compiling()) and hasattr(type(x), "__torch_function__")
 
 
-def is_number(x: Any) -> bool:
-    """Whether it is a real number; one of numpy is an array to Dynamo, and of no value that can be asked for."""
-    return isinstance(x, numbers.Real) or (torch.compiler.is_compiling() and type(x).__name__ == "ndarray")
+def is_number(x: Any, kind: type = numbers.Real) -> bool:
+    """Whether it is a number; one of numpy is an array to Dynamo, and of no value that can be asked for."""
+    return isinstance(x, kind) or (torch.compiler.is_compiling() and type(x).__name__ == "ndarray")
 
 
 def check_elementwise(op: str, /, **inputs: Any) -> None:

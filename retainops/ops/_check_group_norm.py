@@ -26,8 +26,7 @@ def check_group_norm(x: Any, num_groups: Any, weight: Any, bias: Any, eps: Any) 
             return
         if not isinstance(t, Tensor):
             raise TypeError(f"group_norm: {name} is {type(t).__name__}; expected a torch.Tensor")
-    known = isinstance(num_groups, numbers.Integral)
-    if isinstance(num_groups, bool) or not (known or (is_number(num_groups) and not isinstance(num_groups, float))):
+    if isinstance(num_groups, bool) or not is_number(num_groups, numbers.Integral):
         raise TypeError(f"group_norm: num_groups is {type(num_groups).__name__}; expected an integer, such as 32")
     if not is_number(eps):
         raise TypeError(f"group_norm: eps is {type(eps).__name__}; expected a number, such as 1e-5")
@@ -39,7 +38,7 @@ def check_group_norm(x: Any, num_groups: Any, weight: Any, bias: Any, eps: Any) 
         )
     if x.dim() < 2 or not x.shape[1]:
         raise RuntimeError(f"group_norm: x has shape {tuple(x.shape)}; expected (batch, channels, ...)")
-    if known and (num_groups < 1 or x.shape[1] % num_groups):
+    if isinstance(num_groups, numbers.Integral) and (num_groups < 1 or x.shape[1] % num_groups):
         raise RuntimeError(
             f"group_norm: num_groups is {num_groups}, and x of shape {tuple(x.shape)} has {x.shape[1]} channels; "
             "expected a number that divides them"
