@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 
+from retainops.arrivals import in_backward_order, on_both_sides
+from retainops.names import listed
 from retainops.readings import Reading, Readings
-from retainops.retained import Retained, in_backward_order
+from retainops.retained import Retained
 
 FIRST = "nothing before it in backward is watched: the loss, or the weights, may be inf or nan already"
 
@@ -31,18 +33,21 @@ class NonFiniteGradient(FloatingPointError):
 
 def first_nonfinite(kept: Retained, readings: Readings) -> tuple[str, str] | None:
     """The first point in the order of backward whose count is not 0, and what to say of it."""
-    order = [name for name in in_backward_order(kept) if "nonfinite" in readings.get(name, {})]
-    bad = [name for name in order if _count(readings[name]["nonfinite"])]
+    bad = {name for name, of in readings.items() if "nonfinite" in of and _count(of["nonfinite"])}
     if not bad:
         return None
-    first, others = bad[0], len(bad) - 1
-    place = order.index(first)
-    before = f"that of '{order[place - 1]}', right before it in backward, is finite" if place else FIRST
-    after = f"{others} point{'s' * (others > 1)} after it {'have' if others > 1 else 'has'} some too" if others else ""
-    rest = "; ".join(part for part in (before, after) if part)
+    order = [name for name in in_backward_order(kept) if "nonfinite" in readings.get(name, {})]
+    place, first = next((i, name) for i, name in enumerate(order) if name in bad)
+    around = [name for name in on_both_sides(kept, first) if name in order]
+    others = len(bad.difference(around)) - 1
+    rest = f"that of '{order[place - 1]}', right before it in backward, is finite" if place else FIRST
+    if around:
+        rest = f"it got several, and between them came that of {listed(around)}: which had the first is not known"
+    if others:
+        rest += f"; {others} point{'s' * (others > 1)} after it {'have' if others > 1 else 'has'} some too"
     count = _count(readings[first]["nonfinite"])
     message = f"the gradient of '{first}' has {count} element{'s' * (count > 1)} that {'are' if count > 1 else 'is'}"
-    return first, f"{message} inf or nan" + (f"; {rest}" if rest else "")
+    return first, f"{message} inf or nan; {rest}"
 
 
 def _count(reading: Reading) -> int:

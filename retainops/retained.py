@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Mapping, Sequence, ValuesView
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 import torch
 
+from retainops.arrivals import in_backward_order
 from retainops.buffers import Into, check_apart
 from retainops.names import listed, near
 from retainops.part import Part
@@ -153,9 +153,11 @@ class Retained(Mapping[str, Slot]):
     def first_nonfinite(self) -> str | None:
         """The name of the first point, in the order of backward, whose gradient has an inf or a nan; None: all finite.
 
-        It reads values, so it waits for the GPU. The order is that in which gradients first came since `reset()`. A
-        compiled graph hands them over all at once: among points that come from compiled graphs in a row, one that was
-        registered (or asked for) later counts as earlier in backward.
+        It reads values, so it waits for the GPU. The order is that in which gradients came since `reset()`, in all
+        backward calls together. Where one came to a point several times in a backward call, as it does where a module
+        is called several times, the first time counts. A compiled graph hands over all that it has at once: among
+        points that come from compiled graphs in a row, one that was registered (or asked for) later counts as earlier
+        in backward.
 
         Raises:
             ValueError: of some point neither the gradient nor the statistic "nonfinite" was asked for.
@@ -180,17 +182,6 @@ class Retained(Mapping[str, Slot]):
     def __repr__(self) -> str:
         rows = [slot._row() for slot in self._slots.values()]
         return "\n".join(["Retained", *aligned(rows)])
-
-
-def in_backward_order(slots: Mapping[str, Slot]) -> list[str]:
-    """The names of the points that a gradient came to, in the order of backward as far as it is known."""
-    place = {name: i for i, name in enumerate(slots)}
-    arrivals = sorted((slot._arrival, name) for name, slot in slots.items() if slot._arrival is not None)
-    order: list[str] = []
-    for compiled, group in itertools.groupby(arrivals, key=lambda arrived: arrived[0].compiled):
-        names = [name for _, name in group]
-        order += sorted(names, key=place.__getitem__, reverse=True) if compiled else names
-    return order
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import threading
 import weakref
 from collections.abc import Mapping, MutableMapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
+from retainops.arrivals import Arrival, noted
 from retainops.buffers import Into
 from retainops.delivery import Addressee
 from retainops.part import Part
@@ -26,21 +26,6 @@ from retainops.shards import is_dtensor
 from retainops.stats import STATISTICS, TAKE_VALUE, Stats, merge, parts_of, total
 from retainops.stats import Part as PartOfStats
 from retainops.wants import Answer, Want
-
-
-class Arrival(NamedTuple):
-    """When the first gradient since `reset()` came to a slot.
-
-    Attributes:
-        number: counts up over all slots, in the order of backward.
-        compiled: it came out of a compiled graph, which hands over all that it has at once, in any order.
-    """
-
-    number: int
-    compiled: bool
-
-
-_arrivals = itertools.count()
 
 _UNREAL = [getattr(torch._C._TorchDispatchModeKey, name) for name in ("FAKE", "PROXY", "FUNCTIONAL")]
 """Modes whose tensors mean nothing outside of them."""
@@ -257,7 +242,6 @@ class Slot(Addressee):
         if leaf is not None and leaf is not self._leaf and earlier.get(id(leaf)) is not leaf:
             return
         with self._lock:
-            self.note_arrival()
             # No graph is kept through statistics, and what create_graph gave is not theirs to hold.
             alone = {name: part.detach() if isinstance(part, torch.Tensor) else part for name, part in parts.items()}
             self._parts = merge(self.name, self._parts, alone)
@@ -304,8 +288,7 @@ class Slot(Addressee):
 
     def note_arrival(self, compiled: bool = False) -> None:
         """Something came: `first_nonfinite` asks for the order."""
-        if self._arrival is None:
-            self._arrival = Arrival(next(_arrivals), compiled)
+        self._arrival = noted(self._arrival, compiled)
 
     def _is_finite(self) -> bool | None:
         """Whether the gradient is; None: there is none. Reads a value, so it waits for the GPU."""

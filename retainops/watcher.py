@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from retainops.arrivals import in_backward_order
 from retainops.models import Asked
 from retainops.nonfinite import NonFiniteGradient, first_nonfinite
 from retainops.patterns import Patterns
 from retainops.readings import Readings, read
-from retainops.retained import Retained, in_backward_order
+from retainops.retained import Retained
 from retainops.stats import Stats
 from retainops.wants import Want
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import retainops as ro
+from retainops.arrivals import in_backward_order
 from retainops.ops.pointwise import FAMILY
 from retainops.registry import find, ops
-from retainops.retained import in_backward_order
 from tests.conftest import HAS_TRITON, Path, random_leaves
 from tests.oracle import all_points, assert_near, leaves, random_like, sample, several
 

@@ -62,6 +62,11 @@ class Joined(Slot):
         self._leaf = Join.apply(self.slots, op, *self._leaves)
         return self._leaf
 
+    def note_arrival(self, compiled: bool = False) -> None:
+        for slot in self.slots:
+            if isinstance(slot.want, Stats):  # of a gradient alone its own `deposit` tells
+                slot.note_arrival(compiled)
+
     def merge(self, parts: Mapping[str, Part], leaf: torch.Tensor | None = None) -> None:
         for slot, own in zip(self.slots, self._leaves, strict=True):
             if isinstance(slot.want, Stats):

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from retainops import dispatch
+from retainops.arrivals import last_first
 from retainops.ops import _fused
 from retainops.ops._asked import Asked, Call, answers, cast, scores_of
 from retainops.ops._scores import Scores, Wanted
@@ -161,7 +162,9 @@ def _hear(
 ) -> list[Tensor | None]:
     """What to return to autograd for the slots of these names, of s and of p, once they have all they asked for."""
     shape = torch.Size((*do.shape[:-1], scores.shape[-1]))
-    given = {name: slots[name].answer(op, leaf.shape, leaf.dtype, leaf.device) for name, leaf in leaves.items()}
+    given = {}
+    for name in last_first(name for name in names if name in leaves):
+        given[name] = slots[name].answer(op, leaves[name].shape, leaves[name].dtype, leaves[name].device)
     asked = {name: asked_of(op, slots[name], shape, answer.tensor, answer.accumulate) for name, answer in given.items()}
     found = answers(scores, shape, asked.get(names[0]), asked.get(names[1]), kernels) if asked else ({}, {})
     for name, parts in zip(names, found, strict=True):

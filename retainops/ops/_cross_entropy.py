@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from retainops.arrivals import last_first
 from retainops.dispatch import HAS_TRITON
 from retainops.ops._plan import Plan
 from retainops.registry import Op
@@ -233,7 +234,8 @@ class CrossEntropy:
         assert dy is not None
         loss = Loss.of(target, weight, Options(*options), logits.shape[-1], Rows(share, m, logsum, share))
         dx = Grad(logits, logits.shape, needed[0])
-        kept = [Kept(op.name, slots[p.name], leaves[p.name]) if p.name in leaves else None for p in op.points]
+        of_points = {name: Kept(op.name, slots[name], leaves[name]) for name in last_first(leaves)}
+        kept = [of_points.get(p.name) for p in op.points]
         dloss = dy.unsqueeze(-1) if loss.options.reduction == "none" else dy
         rows_backward(logits, loss, dloss, dx, kept, divisor)
         return [dx.finish(), None, None, *([None] * len(options)), *(c.finish() if c else None for c in kept)]

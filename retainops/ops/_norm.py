@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from retainops.arrivals import last_first
 from retainops.dispatch import HAS_TRITON
 from retainops.ops import _fused
 from retainops.ops._plan import Plan
@@ -143,7 +144,7 @@ class Norm:
             return self.through_reference(op, given, needed, slots, leaves, dys)
         x, _, weight, bias, *_ = self.parts(given)
         _, _, needs_weight, needs_bias, *_ = self.parts(needed)
-        kept = {p.name: Kept(op.name, slots[p.name], leaves[p.name]) for p in op.points if p.name in leaves}
+        kept = {name: Kept(op.name, slots[name], leaves[name]) for name in last_first(leaves)}
         tiling = backward_tiling(x.shape[-1], x.dtype, rstd.dtype, self.centred)
         needs_dx = any(needed[: 1 + self.residual])
         dx = Grad(x, x.shape, needs_dx)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from retainops.arrivals import last_first
 from retainops.dispatch import HAS_TRITON
 from retainops.ops import _fused
 from retainops.ops._check import refuses_dtypes
@@ -127,14 +128,16 @@ class Pointwise:
         shared = self._shared(inputs, dy, needed)
         written = [need and i not in shared for i, need in enumerate(needed)]
         x, dx = self.operands(inputs), self.gradients(inputs, dy.shape, written)
-        dc = tuple(_kept(op, inputs, slots, leaves, p.name, dy.shape) for p in op.points)
+        kept = {name: _kept(op, inputs, slots, leaves[name], name, dy.shape) for name in last_first(leaves)}
+        dc = tuple(kept.get(p.name) for p in op.points)
         # A kernel takes no empty tuple: one point that nobody asked for stands for none.
         kernel, constants = self.backward_kernel(len(x), len(dx), len(dc), dy.dtype)
         launch(kernel, dy.shape, dy.dtype, x, dy, dx, dc or (None,), walked=self.walk("backward"), **constants)
         grads = self.returned(dx, inputs)
         for i, j in shared.items():
             grads[i] = dy if j == DY else grads[j]
-        return grads + [c.finish() if c else None for c in dc]
+        found = {name: c.finish() for name, c in kept.items()}
+        return grads + [found.get(p.name) for p in op.points]
 
     def _shared(self, inputs: Sequence[Any], dy: torch.Tensor, needed: Sequence[bool]) -> dict[int, int]:
         """Of `equal`, what holds for these inputs."""
@@ -157,13 +160,11 @@ def _kept(
     op: Op,
     inputs: Sequence[Any],
     slots: Mapping[str, Slot],
-    leaves: Mapping[str, torch.Tensor],
+    leaf: torch.Tensor,
     name: str,
     shape: torch.Size,
-) -> Kept | KeptSum | None:
-    if name not in leaves:
-        return None
-    slot, leaf = slots[name], leaves[name]
+) -> Kept | KeptSum:
+    slot = slots[name]
     if leaf.shape.numel() == shape.numel():
         return Kept(op.name, slot, leaf, shape)
     return KeptSum(op.name, slot, leaf, shape, lambda: _value(op, inputs, name))

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from retainops.arrivals import last_first
 from retainops.dispatch import HAS_TRITON
 from retainops.ops._check import is_number, is_stand_in
 from retainops.ops._plan import Plan
@@ -82,7 +83,7 @@ class Softmax:
         dx, dmask = Grad(x, x.shape, needed[0]), Grad(mask, x.shape, needed[2])
         grads: tuple[Grad | None, Grad | None] = dx, dmask
         bwd = kernels.softmax_bwd_kernel
-        kept = {name: Kept(op.name, slots[name], leaf) for name, leaf in leaves.items()}
+        kept = {name: Kept(op.name, slots[name], leaves[name]) for name in last_first(leaves)}
         read, queries = mask if is_boolean(mask) else None, Queries(x.shape) if causal else None
         places = None if queries is None else queries.tensor
         own = [t for t in (y, dys[0], dx.tensor, dmask.tensor, read, places) if t is not None]
