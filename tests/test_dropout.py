@@ -187,6 +187,18 @@ def test_compiled_code_has_the_same_mask(path: Path, backend: str) -> None:
     assert torch.equal(x.grad.cpu() != 0, mask)
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.filterwarnings("ignore")  # as above
+def test_compiled_code_follows_a_p_that_changes(path: Path, dynamic: bool | None) -> None:
+    torch._dynamo.reset()
+    step = torch.compile(lambda x, seed, p: ro.bias_dropout_add(x, None, 0.0, p, seed), fullgraph=True, dynamic=dynamic)
+    x, near = torch.ones(7, 150, device=path.device), float.fromhex("0x1.0000010000001p-1")  # just above a multiple
+    for p in (0.1, 0.3, 0.6, near, 0.9):
+        y = step(x, seed_of(path.device), p)
+        assert torch.equal(y.cpu() != 0, mask_by_hand(SEED, (7, 150), p))
+        torch.testing.assert_close(y.max().item(), 1 / (1 - p))
+
+
 def test_compiled_code_draws_its_seeds(path: Path) -> None:
     torch._dynamo.reset()
     step = torch.compile(lambda x: ro.bias_dropout_add(x, None, 0.0, 0.4), fullgraph=True, backend="aot_eager")

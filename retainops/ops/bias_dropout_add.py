@@ -87,8 +87,14 @@ def bias_dropout_add_reference(x: Any, bias: Any, residual: Any, p: float, seed:
         dropped = biased
     else:
         kept = biased * _scale(p)
-        dropped = torch.where(uniform(seed, biased.shape) >= _threshold(p), kept, torch.zeros_like(kept))
+        dropped = torch.where(_is_kept(uniform(seed, biased.shape), p), kept, torch.zeros_like(kept))
     return residual + point("dropped", dropped)
+
+
+def _is_kept(numbers: Tensor, p: float) -> Tensor:
+    if torch.compiler.is_compiling():  # a number that may change: Inductor keeps what math.ceil said of the first one
+        return numbers.double() >= p  # in float64 as at the next multiple of 2**-24
+    return numbers >= _threshold(p)
 
 
 def _scale(p: float) -> float:
