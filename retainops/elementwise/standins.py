@@ -180,6 +180,12 @@ class Value(fx.Proxy):
     def __array_struct__(self) -> None:
         self.tracer.refuse("numpy.asarray, or another function of numpy's,")
 
+    def __getattr__(self, name: str) -> Any:
+        # Refused at once: `x.dtype is torch.float16` would be False and no operation that anybody sees.
+        if not name.startswith("__") and not callable(getattr(torch.Tensor, name, None)):
+            self.tracer.refuse(f"the attribute Tensor.{name}")
+        return super().__getattr__(name)
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in ("tracer", "node"):
             self.tracer.refuse(f"setting the attribute Tensor.{name}")

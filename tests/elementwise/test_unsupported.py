@@ -29,6 +29,18 @@ def operations():
     def attribute_alone(x):
         return x * getattr(x, "scale", 2.0)
 
+    def attribute_is(x):
+        return x * 2 if x.dtype is torch.float32 else x
+
+    def attribute_in_a_set(x):
+        return x * 2 if x.device in {torch.device("cpu")} else x
+
+    def attribute_with_a_default(x):
+        return x * 2 if getattr(x, "scale", None) is None else x
+
+    def has_an_attribute(x):
+        return x * 2 if not hasattr(x, "scale") else x
+
     def indexed(x):
         return x[0] * 2
 
@@ -110,6 +122,10 @@ def operations():
         method: "Tensor.cumsum",
         attribute: "the attribute Tensor.shape",
         attribute_alone: "the attribute Tensor.scale",
+        attribute_is: "the attribute Tensor.dtype",
+        attribute_in_a_set: "the attribute Tensor.device",
+        attribute_with_a_default: "the attribute Tensor.scale",
+        has_an_attribute: "the attribute Tensor.scale",
         indexed: "operator.getitem",
         matmul: "operator.matmul",
         floor: "operator.floordiv",
