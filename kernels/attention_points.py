@@ -21,7 +21,7 @@ from retainops.kernels.attention import (
     scores,
     whereabouts,
 )
-from retainops.kernels.points import magnitude_bits
+from retainops.kernels.points import least_nonfinite, magnitude_bits
 
 
 class Sums(NamedTuple):
@@ -33,6 +33,7 @@ class Sums(NamedTuple):
     act_grad: Any = None
     amax: Any = None
     nonfinite: Any = None
+    half: Any = None  # as in `Stats`
     positive: Any = None  # the sum of what is above 0
     hist: Any = None  # 256 counts a program
 
@@ -175,7 +176,7 @@ def add(sums, S, g, value, X, at):
     if S.amax is not None:  # as integers, so that nan counts as above inf
         amax = tl.maximum(amax, tl.max(magnitude_bits(g), axis=1, keep_dims=True))
     if S.nonfinite is not None:
-        nonfinite += tl.sum((magnitude_bits(g) >= 0x7F800000).to(tl.int32), axis=1, keep_dims=True)
+        nonfinite += tl.sum((magnitude_bits(g) >= least_nonfinite(S)).to(tl.int32), axis=1, keep_dims=True)
     if S.positive is not None:
         positive += tl.sum(tl.maximum(g, 0.0, propagate_nan=tl.PropagateNan.ALL), axis=1, keep_dims=True)
     if S.hist is not None:

@@ -22,6 +22,7 @@ class Stats(NamedTuple):
     act_grad: Any = None
     amax: Any = None
     nonfinite: Any = None
+    half: Any = None  # 1: the point is of float16, in which more is inf
     hist: Any = None  # 256 counts a tile
     strides: tuple = (None, None)  # as in Operand, in statistics
     tiles: tuple = (None, None)
@@ -89,7 +90,7 @@ def leave_shares(S, g, product, ok, at, SHAPE, BLOCK_M: tl.constexpr, BLOCK_N: t
             share = share_of_max(S, bits).to(g.dtype, bitcast=True)
             store_share(S.amax, S, share, at, SHAPE, BLOCK_M, BLOCK_N)
     if S.nonfinite is not None:
-        is_nonfinite = magnitude_bits(g.to(tl.float32)) >= 0x7F800000
+        is_nonfinite = magnitude_bits(g.to(tl.float32)) >= least_nonfinite(S)
         if g.dtype == tl.float64:
             is_nonfinite = magnitude_bits(g) >= 0x7FF0000000000000
         leave_sum(S.nonfinite, S, is_nonfinite.to(tl.int32), at, SHAPE, BLOCK_M, BLOCK_N)
@@ -100,6 +101,12 @@ def leave_shares(S, g, product, ok, at, SHAPE, BLOCK_M: tl.constexpr, BLOCK_N: t
         else:
             counts = tl.histogram(bins, 256, mask=tl.reshape(ok, (BLOCK_M * BLOCK_N,)))
         tl.store(S.hist + tile_number(at, SHAPE, BLOCK_M, BLOCK_N) * 256 + tl.arange(0, 256), counts)
+
+
+@triton.jit
+def least_nonfinite(S):
+    """Of float32, the bits of the least magnitude that is not finite once it is rounded to the point's dtype."""
+    return 0x477FF000 if S.half is not None else 0x7F800000  # 65520 rounds to an inf of float16
 
 
 @triton.jit

@@ -277,7 +277,7 @@ class Slot(Addressee):
             return self.want.of(op, self.name, grad).to(dtype)
         if self.want is not None:
             with torch.no_grad():
-                found = parts_of(self.want.parts, self.want.over, grad.detach(), value)
+                found = parts_of(self.want.parts, self.want.over, grad.detach(), value, dtype)
                 self.merge(dict(zip(self.want.parts, found, strict=True)), leaf)
             return grad.to(dtype) if self.want.grad else None
         return grad.to(dtype)

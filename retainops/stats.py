@@ -59,6 +59,9 @@ STATISTICS: dict[str, Statistic] = {
     "hist": Statistic("counts of g by power-of-two exponent", ("hist",), torch.clone),
 }
 
+HALF_OVERFLOWS = 65520.0
+"""A float32 number of this magnitude is the least that rounds to an inf of float16."""
+
 OVER = ("tensor", "rows", "channels")
 OVER_OF_ATTENTION = ("heads", "queries", "keys")
 
@@ -148,7 +151,13 @@ def reduced_dims(over: str, ndim: int) -> tuple[int, ...]:
     return (ndim - 2,) if over == "keys" else (ndim - 1,)
 
 
-def parts_of(wanted: tuple[str, ...], over: str, g: torch.Tensor, value: torch.Tensor | None) -> list[torch.Tensor]:
+def parts_of(
+    wanted: tuple[str, ...],
+    over: str,
+    g: torch.Tensor,
+    value: torch.Tensor | None,
+    dtype: torch.dtype | None = None,
+) -> list[torch.Tensor]:
     """The parts of a gradient's statistics, in plain PyTorch: what kernels compute as they go.
 
     Args:
@@ -156,6 +165,7 @@ def parts_of(wanted: tuple[str, ...], over: str, g: torch.Tensor, value: torch.T
         over: as of `Stats`.
         g: the gradient, any real dtype.
         value: the interior's value; needed for those of `TAKE_VALUE` alone.
+        dtype: the interior's, where g may be wider.
     """
     if is_dtensor(g) and not any(name in KINDS for name in wanted):  # a relevance has a shape of its own
         dims, shape = reduced_dims(over, g.dim()), Stats("l2", over=over).shape(g.shape)
@@ -181,7 +191,10 @@ def parts_of(wanted: tuple[str, ...], over: str, g: torch.Tensor, value: torch.T
         if name == "count":
             return count(g, over)
         if name == "nonfinite":
-            return nonfinite(wide, dims) if dims else (~wide.isfinite()).to(torch.int64)
+            # Compiled code may hold what is of float16 in float32.
+            half = dtype == torch.float16 or (g.dtype == torch.float16 and torch.compiler.is_compiling())
+            flags = torch.where(wide.abs() < HALF_OVERFLOWS, 0.0, torch.nan) if half else wide
+            return nonfinite(flags, dims) if dims else (~flags.isfinite()).to(torch.int64)
         if name in KINDS:
             return KINDS[name].of(wide, None if value is None else value.to(wide.dtype))
         return hist(wide)

@@ -138,7 +138,8 @@ class Pieces:
         if tensor is not None:
             tensor.add_(grad) if accumulate else tensor.copy_(grad)
         if stats is not None:
-            self.merge(dict(zip(stats.parts, parts_of(stats.parts, stats.over, grad, value), strict=True)))
+            parts = parts_of(stats.parts, stats.over, grad, value, self.like.dtype)
+            self.merge(dict(zip(stats.parts, parts, strict=True)))
 
     def finish(self) -> dict[str, Tensor]:
         """Once all blocks are done: the gradient is where it belongs, and these are the parts of its statistics."""

@@ -205,7 +205,7 @@ class Kept:
         """All that its place depends on."""
         stats = self.stats and (self.stats.parts, self.stats.over)
         layout = self.tensor is not None and layout_of(self.tensor)
-        return self.shape, self.broadcast, layout, self.is_into, self.accumulate, stats
+        return self.shape, self.broadcast, self.dtype, layout, self.is_into, self.accumulate, stats
 
     def place(self, way: Walk, shape: torch.Size) -> Any:
         """Strides of the gradient, where shares of statistics go, and how many tiles there are."""
@@ -231,7 +231,8 @@ class Kept:
             elif part != "count":
                 dtype = torch.int32 if part == "nonfinite" else held
                 self.partials[part] = torch.empty((rows, size), dtype=dtype, device=self.device)
-        stats = Stats(**self.partials, strides=at, tiles=tiles, by_warp=by_warp, two_warps=two_warps)
+        half = 1 if "nonfinite" in self.partials and self.dtype == torch.float16 else None
+        stats = Stats(**self.partials, half=half, strides=at, tiles=tiles, by_warp=by_warp, two_warps=two_warps)
         return Retained(self.tensor, strides, None, stats)
 
     def finish(self) -> torch.Tensor | None:

@@ -229,6 +229,7 @@ class Keeper:
 
     def __init__(self, wanted: Wanted, scores: Scores) -> None:
         self.wanted, self.shape = wanted, scores.shape
+        self.dtype = scores.q.dtype
         self.like = torch.empty((), dtype=scores.held, device=scores.q.device)
         self.parts: dict[str, Tensor] = {}
 
@@ -250,7 +251,7 @@ class Keeper:
 
     def _taken(self, grad: Tensor, value: Tensor | None) -> dict[str, Tensor]:
         names = tuple(name for name in self.wanted.parts if name != "count") + self.wanted.relevance
-        return dict(zip(names, parts_of(names, self.wanted.over, grad, value), strict=True))
+        return dict(zip(names, parts_of(names, self.wanted.over, grad, value, self.dtype), strict=True))
 
     def _shape(self, name: str) -> torch.Size:
         if name in KINDS:

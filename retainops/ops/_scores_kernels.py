@@ -111,7 +111,8 @@ def _statistics(scores: Scores, s: Wanted, p: Wanted) -> tuple[Parts, Parts]:
         launches = [(of_s, of_p)] if len(of_s) + len(of_p) <= TOGETHER else [(of_s, {}), ({}, of_p)]
         for first, second in launches:
             dense = bool(second.keys() - {"act_grad"} or first.keys() & {"act_grad", "hist"})
-            points = [NOTHING._replace(sums=Sums(**x)) for x in (first, second)]
+            half = {"half": 1} if scores.q.dtype == torch.float16 else {}
+            points = [NOTHING._replace(sums=Sums(**x, **(half if "nonfinite" in x else {}))) for x in (first, second)]
             if first or second:
                 _launch(scores, by_key, "statistics", points[0], points[1], dense)
     return sums[0].found(), sums[1].found()
