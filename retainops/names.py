@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import fnmatch
 import re
 from collections.abc import Iterable
 
 NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 """A part of a path that is a number, as those of layers are."""
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a glob pattern matches a name: "*" crosses dots. A name matches itself, whatever is in it."""
+    return name == pattern or fnmatch.fnmatchcase(name, pattern)
 
 
 def folded(names: Iterable[str]) -> list[str]:

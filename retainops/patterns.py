@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from torch import nn
 
 from retainops.buffers import Into
-from retainops.names import listed, near
+from retainops.names import listed, matches, near
 from retainops.part import Part
 from retainops.relevance import Relevance
 from retainops.stats import Stats
@@ -24,11 +25,26 @@ def matchers_of(who: str, what: Patterns, want: Want) -> list[Matcher]:
         if want is not None:
             raise ValueError(f"{who}: want is given, and the mapping gives one to each pattern; leave out want")
         pairs = list(what.items())
+    elif isinstance(what, (Into, Stats, Part, Relevance)):
+        raise TypeError(
+            f"{who}: the patterns are {what!r}; expected names, and in what form after them: to ask every point for "
+            f'it, {who}(..., "*", {what!r})'
+        )
+    elif isinstance(what, nn.Module):
+        raise TypeError(
+            f"{who}: the patterns are a module, {type(what).__name__}; expected names: its points are those that begin "
+            "with its own, such as 'layers.0.*'"
+        )
     elif callable(what):
         _check_want(who, want)
         return [(getattr(what, "__name__", repr(what)), what, want)]
-    else:
+    elif isinstance(what, Iterable):
         pairs = [(pattern, want) for pattern in ([what] if isinstance(what, str) else what)]
+    else:
+        raise TypeError(
+            f"{who}: the patterns are {what!r}; expected a string, such as 'layers.*', several in a list, a callable "
+            "on a name, or a mapping from pattern to what is wanted"
+        )
     if not pairs:
         raise ValueError(f'{who}: no pattern given; "*" asks for every point')
     for pattern, each in pairs:
@@ -39,7 +55,7 @@ def matchers_of(who: str, what: Patterns, want: Want) -> list[Matcher]:
 
 
 def _glob(pattern: str) -> Callable[[str], bool]:
-    return lambda name: fnmatch.fnmatchcase(name, pattern)
+    return lambda name: matches(name, pattern)
 
 
 def _check_want(who: str, want: Want) -> None:
@@ -62,8 +78,8 @@ def choose(
     wants: dict[str, Want] = {}
     decides: dict[str, str] = {}
     matched: dict[str, list[str]] = {}
-    for pattern, matches, want in matchers:
-        chosen = [name for name in names if matches(name)]
+    for pattern, passes, want in matchers:
+        chosen = [name for name in names if passes(name)]
         if not chosen:
             raise KeyError(f"{who}: '{pattern}' matches no {kind}; there are: {listed(names)}{_meant(pattern, names)}")
         if isinstance(want, Into) and len(chosen) > 1:
@@ -86,6 +102,7 @@ def choose(
 
 
 def _meant(pattern: str, names: list[str]) -> str:
-    if any(fnmatch.fnmatchcase(name, f"*.{pattern}") for name in names):
-        return f"; a pattern matches the whole name: '*.{pattern}' matches some"
+    for longer in (f"*.{pattern}", f"{pattern}.*"):
+        if any(matches(name, longer) for name in names):
+            return f"; a pattern matches the whole name: '{longer}' matches some"
     return near(pattern, names)

@@ -27,8 +27,8 @@ WHOLE = ("count", "nonfinite", "hist")
 """Parts that are whole numbers."""
 
 
-def all_reduce(slots: Mapping[str, Slot], group: ProcessGroup | None) -> None:
-    """Merge the slots' statistics over the ranks of a group; see `Retained.all_reduce`."""
+def all_reduce(slots: Mapping[str, Slot], group: ProcessGroup | None, why_none: str = "") -> None:
+    """Merge the slots' statistics over the ranks of a group; see `Retained.all_reduce`. `why_none`: no slots."""
     if not (dist.is_available() and dist.is_initialized()):
         raise RuntimeError("all_reduce: torch.distributed is not set up; call init_process_group()")
     asked = {name: slot for name, slot in slots.items() if isinstance(slot.want, Stats)}
@@ -37,7 +37,9 @@ def all_reduce(slots: Mapping[str, Slot], group: ProcessGroup | None) -> None:
     sizes = _agree(asked, ranks, device, group)
     # From here on all ranks find the same, so that none of them waits for one that has raised an error.
     if not asked:
-        raise ValueError('all_reduce: there are no statistics; ask for some, such as Stats("l2"). Gradients stay local')
+        raise ValueError(
+            f'all_reduce: there are no statistics{why_none}; ask for some, such as Stats("l2"). Gradients stay local'
+        )
     for name, slot in asked.items():
         over = slot.want.over  # type: ignore[union-attr]
         if over not in ("tensor", "channels"):

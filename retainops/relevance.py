@@ -74,6 +74,7 @@ class Relevance:
             self-attention alone: as many queries as keys.
 
     Raises:
+        TypeError: a name is not a string.
         ValueError: nothing is named, or a name is unknown. Later, by the op: for another point than `p`, no dim of
             heads, or "chefer" and "attn_grad" of attention to other tokens.
 
@@ -93,6 +94,8 @@ class Relevance:
         if not names:
             raise ValueError(f"Relevance: nothing asked for; name some of {', '.join(KINDS)}")
         for name in names:
+            if not isinstance(name, str):
+                raise TypeError(f'Relevance: a name is {name!r}; expected strings, as in Relevance("chefer", "legrad")')
             if name not in KINDS:
                 raise ValueError(
                     f"Relevance: unknown relevance {name!r}; expected some of {', '.join(KINDS)}; a statistic of the "

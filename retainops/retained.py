@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence, ValuesView
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 import torch
 
 from retainops.arrivals import in_backward_order
 from retainops.buffers import Into, check_apart
-from retainops.names import listed, near
+from retainops.names import listed, matches, near
 from retainops.part import Part
 from retainops.ranks import all_reduce
 from retainops.relevance import Relevance
@@ -142,8 +141,8 @@ class Retained(Mapping[str, Slot]):
             >>> kept.all_reduce()
         """
         names = [patterns] if isinstance(patterns, str) else patterns
-        chosen = {name: slot for name, slot in self._slots.items() if any(fnmatchcase(name, p) for p in names)}
-        all_reduce(chosen, group)
+        chosen = {name: slot for name, slot in self._slots.items() if any(matches(name, p) for p in names)}
+        all_reduce(chosen, group, "" if chosen else f", and {listed(names)} matches none of {listed(self._slots)}")
 
     def state(self) -> dict[str, torch.Tensor]:
         """What is there, flat and detached: {"layers.0.act.grad": ..., "layers.0.act.l2": ...}, for `torch.save`."""

@@ -87,6 +87,7 @@ class Stats:
     and the others speak of all gradient values since `reset()`.
 
     Raises:
+        TypeError: a name is not a string.
         ValueError: nothing is named, a name or `over` is unknown, or "hist" over anything but the tensor.
 
     Example:
@@ -101,6 +102,8 @@ class Stats:
         if not names:
             raise ValueError(f"Stats: nothing asked for; name some of {', '.join(STATISTICS)}")
         for name in names:
+            if not isinstance(name, str):
+                raise TypeError(f'Stats: a name is {name!r}; expected strings, as in Stats("l2", "amax")')
             if name not in STATISTICS:
                 raise ValueError(f"Stats: unknown statistic {name!r}; expected some of {', '.join(STATISTICS)}")
         if over not in OVER + OVER_OF_ATTENTION:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from os import PathLike
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 
 Sink = Callable[[int, Readings], object]
 """Takes the number of a step and what was read in it."""
+
+EACH = Stats("l2", "nonfinite")
+"""What is taken of each point where nothing is said."""
 
 ON_NONFINITE = ("raise", "warn", "ignore")
 
@@ -77,7 +81,8 @@ class Watcher:
     def end(self) -> None:
         """Cease to ask, read what came if the model was asked, and count the step.
 
-        What runs until `begin()` is in no step: an evaluation, say. Ended already: nothing happens.
+        It is for who calls it and `begin()` in the place of `step()`, which has begun the next step already: what runs
+        between the two is in no step. Ended already: nothing happens.
 
         Raises:
             NonFiniteGradient: as of `step`.
@@ -96,6 +101,23 @@ class Watcher:
             finally:
                 self.kept.reset()  # gradients kept whole are memory
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Ask nothing of the model in a `with`, and go on with the step after it: for an evaluation with gradients.
+
+        Example:
+            >>> with watcher.paused():
+            ...     attack(model, x).backward()
+        """
+        number, asking = self.number, self._asking
+        self._cease()
+        try:
+            yield
+        finally:
+            if asking and not self._asking and not self._closed and self.number == number:
+                self._asked.on()
+                self._asking = True
+
     def discard(self) -> None:
         """Forget what came in this step so far, which is to be run again: after an error that was caught, say."""
         self.kept.reset()
@@ -112,7 +134,9 @@ class Watcher:
 
         Raises:
             TypeError: `optimizer` is not one.
+            RuntimeError: the watcher is closed.
         """
+        self._check_open()
         inner = optimizer
         while not hasattr(inner, "_optimizer_step_pre_hooks"):  # accelerate's has the class, and no hooks
             if not hasattr(inner, "optimizer"):
@@ -140,7 +164,12 @@ class Watcher:
         for handle in self._handles:
             handle.remove()
 
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("watch: this watcher is closed, and a `with` closes it at its end; call ro.watch anew")
+
     def __enter__(self) -> Watcher:
+        self._check_open()
         return self
 
     def __exit__(
@@ -185,7 +214,7 @@ class Watcher:
 def watch(
     model: nn.Module,
     patterns: Patterns = "*",
-    stats: Stats | None = Stats("l2", "nonfinite"),  # noqa: B008 - it cannot be changed
+    stats: Stats | None = EACH,
     *,
     every: int = 100,
     to: Sink | Iterable[Sink] = (),
@@ -219,8 +248,8 @@ def watch(
         A `Watcher`: call its `step()`, or `attach` it to an optimizer; a `with` around the loop closes it.
 
     Raises:
-        TypeError: a want is no `Stats`, a sink is not callable, `every` or `start` is of another type, or as of
-            `ro.retain`.
+        TypeError: a want is no `Stats`, a sink is not callable, `every` is a bool, `start` is not the number of a step,
+            or as of `ro.retain`.
         ValueError: `every` or `on_nonfinite` makes no sense, or as of `ro.retain`.
         KeyError: a pattern matches nothing.
 
@@ -253,7 +282,9 @@ def watch(
             raise TypeError(f"watch: to has a {type(sink).__name__}; expected callables of (step, readings)")
     if isinstance(patterns, Mapping):
         wants: list[Want] = list(patterns.values())
-        stats = None  # the mapping says it
+        if stats is not None and stats is not EACH:
+            raise ValueError("watch: stats is given, and the mapping gives them to each pattern; leave out stats")
+        stats = None
     else:
         wants = [stats]
     for want in wants:

@@ -28,6 +28,7 @@ FLOORS = [
     "parcel",
     "buffers",
     "wants",
+    "arrivals",
     "delivery",
     "slots",
     "ranks",

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import retainops as ro
 from tests.conftest import Path
@@ -22,6 +23,24 @@ def test_norms_of_samples_are_those_of_the_full_gradient(path: Path, shape: tupl
     expected = whole.c.grad.flatten(1).norm(dim=1)
     torch.testing.assert_close(ro.per_sample_norms(rows.c), expected)
     torch.testing.assert_close(ro.per_sample_norms(rows), {"c": expected})
+
+
+def test_points_that_no_gradient_came_to_are_left_out() -> None:
+    model = nn.Sequential(ro.nn.LayerNorm(4), nn.Linear(4, 8), ro.nn.LayerNorm(8))
+    with ro.retain(model, "*", ro.Stats("l2", over="rows")) as kept:
+        model(torch.randn(3, 4)).square().sum().backward()
+    assert list(ro.per_sample_norms(kept)) == ["2.xhat"]
+    kept.reset()
+    with pytest.raises(RuntimeError, match=r"no gradient has come to point '0.xhat'; call backward\(\) first"):
+        ro.per_sample_norms(kept)
+
+
+def test_queries_are_rows() -> None:
+    x = torch.randn(2, 3, 4, 5, requires_grad=True)
+    kept, rows = (ro.Retained(p=ro.Stats("l2", over=over)) for over in ("queries", "rows"))
+    for each in (kept, rows):
+        ro.attention(x, x, x, retain=each).square().sum().backward()
+    assert torch.equal(ro.per_sample_norms(kept.p), ro.per_sample_norms(rows.p))
 
 
 def used(kept: ro.Retained, *shape: int, backward: bool = True) -> ro.Retained:

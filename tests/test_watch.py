@@ -159,6 +159,51 @@ def test_an_evaluation_between_end_and_begin_is_in_no_step() -> None:
     assert_read(watcher.latest[1], oracle(model, x), ALL)
 
 
+@pytest.mark.parametrize("every", [1, 2])
+def test_an_evaluation_in_a_pause_is_in_no_step(every: int) -> None:
+    model, x = make()
+    steps, sink = collect()
+    with ro.watch(model, every=every, to=sink) as watcher:
+        for _ in range(3):
+            model(x).sum().backward()
+            with watcher.paused():  # in a step, and between steps
+                assert not requests_in(model)
+                (model(x) * 100).sum().backward()
+            model(x).sum().backward()
+            watcher.step()
+            with pytest.raises(MemoryError), watcher.paused():
+                fail_after_half_a_backward(model, x)
+    assert watcher.number == 3
+    assert [step for step, _ in steps] == [0, 1, 2][::every]
+    for _, readings in steps:
+        assert_read(readings, oracle(model, x, scale=2**0.5), ALL)
+    assert not requests_in(model)
+
+
+def test_a_pause_that_a_step_ends_in() -> None:
+    model, _ = make()
+    with ro.watch(model, every=2) as watcher:
+        with watcher.paused():
+            watcher.step()
+        assert not watcher.asking
+        with watcher.paused():
+            watcher.step()
+        assert watcher.asking
+        with watcher.paused():
+            watcher.close()
+        assert not watcher.asking
+
+
+def test_a_closed_watcher_says_so() -> None:
+    model, x = make()
+    with ro.watch(model) as watcher:
+        train(model, x, watcher, 1)
+    with pytest.raises(RuntimeError, match="watch: this watcher is closed, .*; call ro.watch anew"), watcher:
+        pass
+    with pytest.raises(RuntimeError, match="this watcher is closed"):
+        watcher.attach(torch.optim.SGD(model.parameters(), lr=0.1))
+
+
 def test_a_step_that_is_run_again_counts_once() -> None:
     model, x = make()
     with ro.watch(model) as watcher:

@@ -117,6 +117,7 @@ def test_attached_to_an_optimizer_whose_step_is_compiled_nothing_of_the_watcher_
         ({"stats": None}, TypeError, r'watch: a want is NoneType; expected Stats, such as Stats\("l2", "nonfinite"\)'),
         ({"stats": "l2"}, TypeError, "watch: a want is str"),
         ({"patterns": {"out": None}}, TypeError, "watch: a want is NoneType"),
+        ({"patterns": {"out": ro.Stats("l2")}, "stats": ro.Stats("sum")}, ValueError, "watch: .*; leave out stats"),
         ({"patterns": {"out": ro.Into(torch.zeros(4, D))}}, TypeError, "watch: a want is Into"),
         ({"every": 0}, ValueError, "watch: every is 0; expected a number of steps, at least 1"),
         ({"every": 2.0}, ValueError, "watch: every is 2.0"),

@@ -165,7 +165,9 @@ def test_transformers_trainer_goes_on_with_its_numbers(tmp_path: Path) -> None:
         huggingface(tmp_path, model, "nope")[1].on_train_begin(None, state, None, model=model)
 
 
-def lightning(model: WithLoss, *args: Any, optimizer: Any = None, manual: bool = False, **kwargs: Any) -> Any:
+def lightning(
+    model: WithLoss, *args: Any, optimizer: Any = None, manual: bool = False, validates: int = 2, **kwargs: Any
+) -> Any:
     """A trainer, the module, the callback, and what the trainer's logger was given."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -211,7 +213,7 @@ def lightning(model: WithLoss, *args: Any, optimizer: Any = None, manual: bool =
     trainer = pl.Trainer(
         max_steps=10 if manual else 5,
         accumulate_grad_batches=1 if manual else 2,
-        val_check_interval=2,
+        val_check_interval=validates,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=1,
         limit_val_batches=1,
@@ -279,6 +281,33 @@ def test_lightning_with_two_optimizers_by_hand() -> None:
     assert [step for step, _ in steps] == [0, 2, 4]
     l2 = steps[0][1]["model.net.out"]["l2"]
     assert l2 == pytest.approx((2 * BATCH * D) ** 0.5)
+
+
+def test_lightning_goes_on_with_its_numbers_by_hand() -> None:
+    """The trainer counts the steps of both optimizers."""
+    steps, sink = collect()
+    trainer, module, watching, _ = lightning(WithLoss(), every=2, to=sink, manual=True)
+    trainer.fit(module, loader(), loader())
+    state = watching.state_dict()
+    trainer.fit_loop.epoch_loop.max_steps = 16
+    trainer.fit(module, loader(), loader())
+    assert [step for step, _ in steps] == [0, 2, 4, 6]
+    _, _, another, _ = lightning(WithLoss(), every=2, to=sink, manual=True)
+    another.load_state_dict(state)
+    another.on_train_start(trainer, module)
+    assert another.watcher.number == 5
+    another.close()
+
+
+def test_lightning_validates_between_the_micro_batches_of_a_step() -> None:
+    """`validation_step` looks that nothing is asked; the step has both micro-batches all the same."""
+    model, (steps, sink) = WithLoss(), collect()
+    before = copy.deepcopy(model.net)
+    trainer, module, _, _ = lightning(model, "model.net.out", every=2, to=sink, validates=1)
+    trainer.fit(module, loader(), loader())
+    assert [step for step, _ in steps] == [0, 2, 4]
+    l2 = oracle(before, samples(), scale=1 / 2)["out"].norm().item() * 2**0.5
+    assert steps[0][1]["model.net.out"]["l2"] == pytest.approx(l2, rel=1e-5)
 
 
 @pytest.mark.parametrize(

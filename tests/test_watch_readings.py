@@ -45,6 +45,16 @@ def test_json_lines(tmp_path: Path) -> None:
         assert callable(lines)
 
 
+def test_json_lines_go_to_one_file_wherever_the_run_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    lines = JsonLines("gradients.jsonl")
+    for step, folder in enumerate((".", "elsewhere")):
+        monkeypatch.chdir(folder)
+        lines(step, {"a": {"l2": 1.0}})
+    assert len((tmp_path / "gradients.jsonl").read_text().splitlines()) == 2
+
+
 def test_json_lines_of_what_json_has_no_number_for() -> None:
     stream = io.StringIO()
     JsonLines(stream)(

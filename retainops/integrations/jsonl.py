@@ -35,17 +35,19 @@ class JsonLines:
     """
 
     def __init__(self, file: str | PathLike[str] | IO[str]) -> None:
-        self._path = file if isinstance(file, (str, PathLike)) else None
+        # Absolute: a run may go to another folder between steps.
+        self._path = Path(file).absolute() if isinstance(file, (str, PathLike)) else None
         self._file = None if isinstance(file, (str, PathLike)) else file
         # Here and not at the first step that is read, which may be hours later.
         if self._path is None:
             if not hasattr(file, "write"):
                 raise TypeError(f"JsonLines: file is {type(file).__name__}; expected a path or an open text file")
-        elif Path(self._path).is_dir():
-            raise IsADirectoryError(f"JsonLines: {str(self._path)!r} is a folder; give the path of a file in it")
-        elif not Path(self._path).absolute().parent.is_dir():
-            path = str(self._path)
-            raise FileNotFoundError(f"JsonLines: the folder of {path!r} is not there; make it first, with os.makedirs")
+        elif self._path.is_dir():
+            raise IsADirectoryError(f"JsonLines: {str(file)!r} is a folder; give the path of a file in it")
+        elif not self._path.parent.is_dir():
+            raise FileNotFoundError(
+                f"JsonLines: the folder of {str(file)!r} is not there; make it first, with os.makedirs"
+            )
 
     def __enter__(self) -> JsonLines:
         return self

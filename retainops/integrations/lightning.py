@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -45,10 +46,13 @@ class WatchCallback(Callback):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._args, self._kwargs = args, kwargs
         self._steps = 0  # the trainer's count when the step began
+        self._batches = 0  # those in which an optimizer stepped, under manual optimization
+        self._pause = contextlib.ExitStack()
         self.watcher: Watcher | None = None
 
     def close(self) -> None:
         """Leave the model alone."""
+        self._pause.close()
         if self.watcher is not None:
             self.watcher.close()
         self.watcher = None
@@ -61,8 +65,10 @@ class WatchCallback(Callback):
                 logger.log_metrics(numbers, step)
 
         self.close()
-        self.watcher = watch(pl_module, *self._args, **{"to": to_loggers, **self._kwargs}, start=trainer.global_step)
-        self._steps = trainer.global_step
+        self._steps = trainer.global_step  # which counts those of each optimizer
+        self._batches = min(self._batches, self._steps) or self._steps
+        start = self._steps if pl_module.automatic_optimization else self._batches
+        self.watcher = watch(pl_module, *self._args, **{"to": to_loggers, **self._kwargs}, start=start)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if self.watcher is not None:
@@ -74,8 +80,23 @@ class WatchCallback(Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         stepped, self._steps = trainer.global_step != self._steps, trainer.global_step
-        if self.watcher is not None and stepped and not pl_module.automatic_optimization:
-            self.watcher.end()
+        if stepped and not pl_module.automatic_optimization:
+            self._batches += 1
+            if self.watcher is not None:
+                self.watcher.end()
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        if self.watcher is not None:  # it may come between the micro-batches of a step
+            self._pause.enter_context(self.watcher.paused())
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        self._pause.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"batches": self._batches}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._batches = state_dict["batches"]
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         self.close()
