@@ -116,6 +116,9 @@ class Point(HoldsPoints):
 
     POINT = ""  # the module's path is the point's whole name
 
+    def __init__(self) -> None:  # so that Python names this class where it is given arguments
+        super().__init__()
+
     def point_infos(self) -> tuple[PointInfo, ...]:
         return (PointInfo(self.POINT, "x", "of its input"),)
 
