@@ -79,4 +79,6 @@ def test_a_program_that_would_answer_no_request(what: str, strict: bool) -> None
             torch.export.export(model, (x,), strict=strict)
         with pytest.raises(RuntimeError, match=r"while torch\.jit records this call"):
             torch.jit.trace(model, (x,))
+        with pytest.raises(RuntimeError, match=r"while torch\.fx records this call.*leave the `with` of ro\.retain"):
+            torch.fx.symbolic_trace(model)
         model(x)

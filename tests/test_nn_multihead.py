@@ -310,6 +310,20 @@ def test_under_autocast(name: str, need_weights: bool) -> None:
     assert kept["p"].grad.abs().max() > 0
 
 
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_an_empty_batch(need_weights: bool) -> None:
+    """Of which PyTorch's module needs weights, where there is a key_padding_mask."""
+    ours, theirs = modules(CASES["causal, padding, one key more"])
+    x, padding = torch.randn(L, 0, E, requires_grad=True), torch.zeros(0, L, dtype=torch.bool)
+    expected, weights = theirs(x, x, x, padding)
+    with ro.retain(ours) as kept:
+        y, mine = ours(x, x, x, padding, need_weights)
+        y.sum().backward()
+    assert y.shape == expected.shape
+    assert not need_weights or mine.shape == weights.shape
+    assert kept["p"].grad.shape == (0, H, L, L + 1)
+
+
 # torch.compile's own doing.
 @pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")

@@ -3,9 +3,10 @@
 from retainops.nn.attention import MultiheadAttention
 from retainops.nn.chains import BiasDropoutAdd, Mish, ScaleShift, SoftCap, SquaredReLU
 from retainops.nn.gated import GEGLU, GLU, GatedMLP, ReGLU, SwiGLU
+from retainops.nn.group_norm import GroupNorm
 from retainops.nn.loss import CrossEntropyLoss, LinearCrossEntropyLoss
 from retainops.nn.mul_sin import MulSin, Siren
-from retainops.nn.norm import AddLayerNorm, AddRMSNorm, GroupNorm, LayerNorm, RMSNorm
+from retainops.nn.norm import AddLayerNorm, AddRMSNorm, LayerNorm, RMSNorm
 from retainops.nn.point import HoldsPoints, Point
 from retainops.nn.rope import Rope
 from retainops.nn.softmax import LogSoftmax, Softmax

@@ -194,7 +194,7 @@ class MultiheadAttention(nn.MultiheadAttention, HoldsPoints):
                 raise AssertionError(
                     f"MultiheadAttention: key_padding_mask has shape {tuple(padding.shape)}; expected {(n, keys)}"
                 )
-            padding = F.pad(padding, (0, added)).view(n, 1, 1, -1)
+            padding = F.pad(padding, (0, added))[:, None, None]
             mask = padding if mask is None else mask + padding
         return mask
 

@@ -64,6 +64,9 @@ class ScaleShift(HoldsPoints):
 
     op = find("scale_shift")
 
+    def __init__(self) -> None:  # so that Python names this class where it is given arguments
+        super().__init__()
+
     def forward(self, x: torch.Tensor, scale: Held, shift: Held) -> torch.Tensor:
         return self.call(x, scale, shift)
 
@@ -106,8 +109,14 @@ class BiasDropoutAdd(HoldsPoints):
             raise ValueError(f"BiasDropoutAdd: p is {p!r}; expected a probability, a number from 0 to 1")
         self.p = float(p)
         self.register_parameter(
-            "bias", None if features is None else nn.Parameter(torch.zeros(features, device=device, dtype=dtype))
+            "bias", None if features is None else nn.Parameter(torch.empty(features, device=device, dtype=dtype))
         )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the bias to 0."""
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         bias = 0.0 if self.bias is None else self.bias
@@ -133,6 +142,9 @@ class SquaredReLU(HoldsPoints):
 
     op = find("squared_relu")
 
+    def __init__(self) -> None:  # so that Python names this class where it is given arguments
+        super().__init__()
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.call(x)
 
@@ -140,8 +152,14 @@ class SquaredReLU(HoldsPoints):
 class Mish(HoldsPoints):
     """x * tanh(softplus(x)) in one kernel, as `torch.nn.Mish`; its points are s = softplus(x) and t = tanh(s).
 
+    Args:
+        inplace: False. It is there because `torch.nn.Mish` has it; no op writes to its input, which backward reads.
+
     Shapes:
         x and the output: (...).
+
+    Raises:
+        ValueError: `inplace` is True; where it was set later, in forward.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 32), ro.nn.Mish(), nn.Linear(32, 8))
@@ -150,6 +168,21 @@ class Mish(HoldsPoints):
     """
 
     op = find("mish")
+    inplace: bool
+
+    def __init__(self, inplace: bool = False) -> None:
+        super().__init__()
+        _check_inplace(inplace)
+        self.inplace = inplace
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        _check_inplace(getattr(self, "inplace", False))  # a module that was fused by a rule may have none
         return self.call(x)
+
+
+def _check_inplace(inplace: bool) -> None:
+    if inplace:
+        raise ValueError(
+            f"Mish: inplace is {inplace!r}; expected False: no op of retainops writes to its input, which backward "
+            "reads; leave it out"
+        )

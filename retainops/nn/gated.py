@@ -70,11 +70,11 @@ class GEGLU(SwiGLU):
     """gelu(gate) * up in one kernel; points, shapes and errors are those of `SwiGLU`.
 
     Args:
-        approximate: "none" (by erf) or "tanh", as of `torch.nn.GELU`.
+        approximate: "none" (by erf) or "tanh", as of `torch.nn.GELU`, whose attribute it is too.
         gate_first: as of `SwiGLU`.
 
     Raises:
-        ValueError: another `approximate`.
+        ValueError: another `approximate`; of one that was set later, in forward.
 
     Example:
         >>> ro.nn.GEGLU("tanh")(gate, up)
@@ -82,10 +82,15 @@ class GEGLU(SwiGLU):
 
     def __init__(self, approximate: str = "none", gate_first: bool = True) -> None:
         super().__init__(gate_first)
-        if approximate not in ("none", "tanh"):
-            raise ValueError(f'GEGLU: approximate is {approximate!r}; expected "none" or "tanh"')
         self.approximate = approximate
-        self.unit = "geglu" if approximate == "none" else "geglu_tanh"
+        _ = self.unit  # which checks it
+
+    @property
+    def unit(self) -> str:  # type: ignore[override]
+        """The op that `approximate` says."""
+        if self.approximate not in ("none", "tanh"):
+            raise ValueError(f'GEGLU: approximate is {self.approximate!r}; expected "none" or "tanh"')
+        return "geglu" if self.approximate == "none" else "geglu_tanh"
 
     def extra_repr(self) -> str:
         shown = [f"approximate='{self.approximate}'", super().extra_repr()]
@@ -164,7 +169,7 @@ class GatedMLP(Gated):
     Args:
         hidden_size: the width of x and of the output.
         intermediate_size: the width between.
-        act: f: "silu", "gelu", "gelu_tanh" (or "gelu_pytorch_tanh"), "relu" or "sigmoid".
+        act: f: "silu", "gelu", "gelu_tanh" (or "gelu_pytorch_tanh"), "relu" or "sigmoid". It is an attribute too.
         bias: whether the linear layers have one.
         packed: one linear layer for gate and up. Their values are then never separate tensors, and to ask for their
             gradients costs one store each.
@@ -174,7 +179,7 @@ class GatedMLP(Gated):
         x and the output: (..., hidden_size); the points: (..., intermediate_size).
 
     Raises:
-        ValueError: another `act`.
+        ValueError: another `act`; of one that was set later, in forward.
 
     Example:
         >>> layer.mlp = ro.nn.GatedMLP(4096, 14336)
@@ -194,9 +199,8 @@ class GatedMLP(Gated):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if act not in ACTIVATIONS:
-            raise ValueError(f"GatedMLP: act is {act!r}; expected one of {', '.join(ACTIVATIONS)}")
-        self.act, self.unit, self.packed = act, ACTIVATIONS[act], packed
+        self.act, self.packed = act, packed
+        _ = self.unit  # which checks act
 
         def linear(n: int, m: int) -> nn.Linear:
             return nn.Linear(n, m, bias=bias, device=device, dtype=dtype)
@@ -207,6 +211,13 @@ class GatedMLP(Gated):
             self.gate_proj = linear(hidden_size, intermediate_size)
             self.up_proj = linear(hidden_size, intermediate_size)
         self.down_proj = linear(intermediate_size, hidden_size)
+
+    @property
+    def unit(self) -> str:  # type: ignore[override]
+        """The op that `act` says."""
+        if self.act not in ACTIVATIONS:
+            raise ValueError(f"GatedMLP: act is {self.act!r}; expected one of {', '.join(ACTIVATIONS)}")
+        return ACTIVATIONS[self.act]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = self.gated(self.gate_up_proj(x), None) if self.packed else self.gated(self.gate_proj(x), self.up_proj(x))

@@ -15,14 +15,36 @@ from retainops.ops.cross_entropy import CROSS_ENTROPY
 from retainops.ops.linear_cross_entropy import LINEAR_CROSS_ENTROPY
 
 
-class CrossEntropyLoss(HoldsPoints):
+class ClassLoss(HoldsPoints):
+    """What both losses have: a weight for each class, and options, which each call reads, as in PyTorch's modules."""
+
+    weight: torch.Tensor | None
+    ignore_index: Any
+
+    def __init__(self, weight: torch.Tensor | None, *options: Any) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.ignore_index, self.reduction, self.label_smoothing, self.z_loss, self.softcap = options
+        check_options(type(self).__name__, *self._options())
+
+    def _options(self) -> Options:
+        return Options(self.ignore_index, self.reduction, self.label_smoothing, self.z_loss, self.softcap)
+
+    def extra_repr(self) -> str:
+        defaults = Options(-100, "mean", 0.0, 0.0, None)
+        pairs = zip(Options._fields, self._options(), defaults, strict=True)
+        return ", ".join(f"{name}={value!r}" for name, value, default in pairs if value != default)
+
+
+class CrossEntropyLoss(ClassLoss):
     """`ro.cross_entropy` in one kernel each way; its points are logits and p.
 
     As `torch.nn.CrossEntropyLoss` with class indices, state dict included; but classes are always the last dim.
 
     Args:
         weight: (V,), a constant weight for each class, or None. It is a buffer.
-        ignore_index, reduction, label_smoothing, z_loss, softcap: as of `ro.cross_entropy`.
+        ignore_index, reduction, label_smoothing, z_loss, softcap: as of `ro.cross_entropy`. They are attributes, and
+            may be set later.
 
     Shapes:
         logits: (..., V); target: (...); the output: (...) for reduction="none", else no dims.
@@ -36,7 +58,6 @@ class CrossEntropyLoss(HoldsPoints):
     """
 
     op = CROSS_ENTROPY
-    weight: torch.Tensor | None
 
     def __init__(
         self,
@@ -48,19 +69,13 @@ class CrossEntropyLoss(HoldsPoints):
         z_loss: float = 0.0,
         softcap: float | None = None,
     ) -> None:
-        super().__init__()
-        self.register_buffer("weight", weight)
-        self.options = Options(ignore_index, reduction, label_smoothing, z_loss, softcap)
-        check_options(type(self).__name__, *self.options)
+        super().__init__(weight, ignore_index, reduction, label_smoothing, z_loss, softcap)
 
     def forward(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        return self.call(logits, target, self.weight, *self.options)
-
-    def extra_repr(self) -> str:
-        return _shown(self.options)
+        return self.call(logits, target, self.weight, *self._options())
 
 
-class LinearCrossEntropyLoss(HoldsPoints):
+class LinearCrossEntropyLoss(ClassLoss):
     """A linear layer and the cross entropy of its outputs, which never exist as a whole; its points are x and logits.
 
     As `torch.nn.LinearCrossEntropyLoss` with class indices, state dict included. To share the weight of an embedding,
@@ -71,7 +86,8 @@ class LinearCrossEntropyLoss(HoldsPoints):
         num_classes: V.
         bias: whether the layer has one.
         weight: (V,), a constant weight for each class, or None. It is a buffer.
-        ignore_index, reduction, label_smoothing, z_loss, softcap, chunk: as of `ro.linear_cross_entropy`.
+        ignore_index, reduction, label_smoothing, z_loss, softcap, chunk: as of `ro.linear_cross_entropy`. They are
+            attributes, and may be set later. An ignore_index of None is -100, as PyTorch's module has it.
         device, dtype: of the layer.
 
     Shapes:
@@ -87,7 +103,6 @@ class LinearCrossEntropyLoss(HoldsPoints):
 
     op = LINEAR_CROSS_ENTROPY
     inside = dataclasses.replace(op, points=op.points[1:])  # x is in memory anyway, and may have no gradient
-    weight: torch.Tensor | None
 
     def __init__(
         self,
@@ -96,7 +111,7 @@ class LinearCrossEntropyLoss(HoldsPoints):
         *,
         bias: bool = False,
         weight: torch.Tensor | None = None,
-        ignore_index: int = -100,
+        ignore_index: int | None = -100,
         reduction: str = "mean",
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
@@ -105,24 +120,23 @@ class LinearCrossEntropyLoss(HoldsPoints):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        self.linear = nn.Linear(in_features, num_classes, bias, device=device, dtype=dtype)
-        self.register_buffer("weight", weight)
-        self.options = Options(ignore_index, reduction, label_smoothing, z_loss, softcap)
-        self.chunk = chunk
-        check_options(type(self).__name__, *self.options)
+        super().__init__(weight, ignore_index, reduction, label_smoothing, z_loss, softcap)
         check_chunk(type(self).__name__, chunk)
+        self.linear = nn.Linear(in_features, num_classes, bias, device=device, dtype=dtype)
+        self.chunk = chunk
+
+    @property
+    def num_classes(self) -> int:
+        """V, of the linear layer that is there."""
+        return self.linear.out_features
+
+    def _options(self) -> Options:
+        options: Any = super()._options()
+        return Options(-100, *options[1:]) if options[0] is None else options
 
     def forward(self, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         layer = self.linear.weight, target, self.linear.bias, self.weight
-        return self.call(self.point("x", x), *layer, *self.options, self.chunk, op=self.inside)
+        return self.call(self.point("x", x), *layer, *self._options(), self.chunk, op=self.inside)
 
     def extra_repr(self) -> str:
-        return ", ".join([text for text in (_shown(self.options), self.chunk and f"chunk={self.chunk}") if text])
-
-
-def _shown(options: Options) -> str:
-    """The options that are not the defaults."""
-    defaults = Options(-100, "mean", 0.0, 0.0, None)
-    pairs = zip(Options._fields, options, defaults, strict=True)
-    return ", ".join(f"{name}={value!r}" for name, value, default in pairs if value != default)
+        return ", ".join([text for text in (super().extra_repr(), self.chunk and f"chunk={self.chunk}") if text])

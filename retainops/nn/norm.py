@@ -1,35 +1,38 @@
-"""Norms: RMSNorm, LayerNorm, both of a sum, and GroupNorm."""
+"""Norms over the last dim: RMSNorm, LayerNorm, and both of a sum."""
 
 from __future__ import annotations
 
+import numbers
 from typing import Any
 
 import torch
 from torch import nn
 
+from retainops.nn._affine import make_weights, reset_weights
 from retainops.nn.point import HoldsPoints
-from retainops.ops.group_norm import GROUP_NORM
 from retainops.ops.norm import ADD_LAYER_NORM, ADD_RMS_NORM, LAYER_NORM, RMS_NORM, eps_of
 
 
 class RMSNorm(HoldsPoints):
     """`ro.rms_norm` in one kernel each way; its points are xhat, and y, which weight multiplies.
 
-    It stands in for `torch.nn.RMSNorm` of one dim, and for those of Hugging Face's models: LLaMA's and its relatives'
-    with `round_first=True`, Gemma's with `offset=1.0`. Their state dicts fit.
+    It stands in for those of Hugging Face's models: LLaMA's and its relatives' with `round_first=True`, Gemma's with
+    `offset=1.0`; and, with `eps=None`, for `torch.nn.RMSNorm` of one dim. Their state dicts fit.
 
     Args:
         normalized_shape: n, the size of the last dim; or (n,).
-        eps: above 0; None: the machine epsilon of float32 (of float64 for float64), as `torch.nn.RMSNorm` has it.
+        eps: above 0. The default is that of Hugging Face's models, and not of `torch.nn.RMSNorm`, which is None: the
+            machine epsilon of float32 (of float64 for float64).
         elementwise_affine: whether there is a weight. It starts at 1 - offset, so that nothing is scaled.
-        offset, round_first: as of `ro.rms_norm`.
         device, dtype: of the weight.
+        offset, round_first: as of `ro.rms_norm`.
 
     Shapes:
         x and the output: (..., n).
 
     Raises:
         TypeError, ValueError: normalized_shape is not one size.
+        RuntimeError: in forward, the last dim is of another size.
 
     Example:
         >>> norm = ro.nn.RMSNorm(4096, round_first=True)
@@ -44,15 +47,16 @@ class RMSNorm(HoldsPoints):
         normalized_shape: int | tuple[int],
         eps: float | None = 1e-6,
         elementwise_affine: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
         *,
         offset: float = 0.0,
         round_first: bool = False,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.normalized_shape = (_one_size(type(self).__name__, normalized_shape),)
-        self.eps, self.offset, self.round_first = eps, offset, round_first
+        self.eps, self.elementwise_affine = eps, elementwise_affine
+        self.offset, self.round_first = offset, round_first
         weight = torch.empty(self.normalized_shape, device=device, dtype=dtype) if elementwise_affine else None
         self.register_parameter("weight", None if weight is None else nn.Parameter(weight))
         self.reset_parameters()
@@ -63,6 +67,7 @@ class RMSNorm(HoldsPoints):
             nn.init.constant_(self.weight, 1.0 - self.offset)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        _check_size(self, x)
         return self.call(x, *self._options(x))
 
     def _options(self, x: torch.Tensor) -> tuple[Any, ...]:
@@ -92,6 +97,7 @@ class LayerNorm(HoldsPoints):
 
     Raises:
         TypeError, ValueError: normalized_shape is not one size.
+        RuntimeError: in forward, the last dim is of another size.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(64, 64), ro.nn.LayerNorm(64))
@@ -107,20 +113,20 @@ class LayerNorm(HoldsPoints):
         eps: float = 1e-5,
         elementwise_affine: bool = True,
         bias: bool = True,
-        *,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         n = _one_size(type(self).__name__, normalized_shape)
-        self.normalized_shape, self.eps = (n,), eps
-        _make_weights(self, n, elementwise_affine, elementwise_affine and bias, device, dtype)
+        self.normalized_shape, self.eps, self.elementwise_affine = (n,), eps, elementwise_affine
+        make_weights(self, n, elementwise_affine, elementwise_affine and bias, device, dtype)
 
     def reset_parameters(self) -> None:
         """Set the weight to 1 and the bias to 0."""
-        _reset_weights(self)
+        reset_weights(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        _check_size(self, x)
         return self.call(x, self.weight, self.bias, self.eps)
 
     def extra_repr(self) -> str:
@@ -145,6 +151,7 @@ class AddRMSNorm(RMSNorm):
     op = ADD_RMS_NORM
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+        _check_size(self, x, residual)
         y, summed = self.call(x, residual, *self._options(residual))
         return y, summed
 
@@ -164,69 +171,15 @@ class AddLayerNorm(LayerNorm):
     op = ADD_LAYER_NORM
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+        _check_size(self, x, residual)
         y, summed = self.call(x, residual, self.weight, self.bias, self.eps)
         return y, summed
 
 
-class GroupNorm(HoldsPoints):
-    """`ro.group_norm`; its point is xhat. It stands in for `torch.nn.GroupNorm`, state dict included.
-
-    Args:
-        num_groups: a divisor of num_channels.
-        num_channels: the size of dim 1.
-        eps: above 0.
-        affine: whether there are weight and bias.
-        device, dtype: of both.
-
-    Shapes:
-        x and the output: (batch, num_channels, ...).
-
-    Raises:
-        ValueError: num_groups does not divide num_channels.
-
-    Example:
-        >>> model = nn.Sequential(nn.Conv2d(3, 64, 3), ro.nn.GroupNorm(32, 64), nn.SiLU())
-    """
-
-    op = GROUP_NORM
-    weight: nn.Parameter | None
-    bias: nn.Parameter | None
-
-    def __init__(
-        self,
-        num_groups: int,
-        num_channels: int,
-        eps: float = 1e-5,
-        affine: bool = True,
-        *,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        if num_groups < 1 or num_channels % num_groups:
-            raise ValueError(
-                f"GroupNorm: num_groups is {num_groups} and num_channels is {num_channels}; expected a number of "
-                "groups that divides the channels"
-            )
-        self.num_groups, self.num_channels, self.eps = num_groups, num_channels, eps
-        _make_weights(self, num_channels, affine, affine, device, dtype)
-
-    def reset_parameters(self) -> None:
-        """Set the weight to 1 and the bias to 0."""
-        _reset_weights(self)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.call(x, self.num_groups, self.weight, self.bias, self.eps)
-
-    def extra_repr(self) -> str:
-        shown = f"{self.num_groups}, {self.num_channels}, eps={self.eps}"
-        return shown if self.weight is not None else f"{shown}, affine=False"
-
-
 def _one_size(name: str, normalized_shape: Any) -> int:
     given = normalized_shape
-    sizes = (given,) if isinstance(given, int) else given
-    if not isinstance(sizes, (tuple, list, torch.Size)) or not all(isinstance(n, int) for n in sizes):
+    sizes = (given,) if isinstance(given, numbers.Integral) else given
+    if not isinstance(sizes, (tuple, list, torch.Size)) or not all(isinstance(n, numbers.Integral) for n in sizes):
         raise TypeError(
             f"{name}: normalized_shape is {type(given).__name__}; expected an integer, the size of the last dim"
         )
@@ -235,20 +188,22 @@ def _one_size(name: str, normalized_shape: Any) -> int:
             f"{name}: normalized_shape is {given}; expected one size above 0: the norm is over the last dim, so "
             "flatten the dims to be normalised"
         )
-    return sizes[0]
+    return int(sizes[0])
 
 
-def _make_weights(
-    module: LayerNorm | GroupNorm, n: int, weight: bool, bias: bool, device: Any, dtype: torch.dtype | None
-) -> None:
-    for name, wanted in (("weight", weight), ("bias", bias)):
-        parameter = nn.Parameter(torch.empty(n, device=device, dtype=dtype)) if wanted else None
-        module.register_parameter(name, parameter)
-    _reset_weights(module)
+def _check_size(module: RMSNorm | LayerNorm, *inputs: torch.Tensor) -> None:
+    """The last dim, of a sum too, where no weight holds it to the size.
 
-
-def _reset_weights(module: LayerNorm | GroupNorm) -> None:
-    if module.weight is not None:
-        nn.init.ones_(module.weight)
-    if module.bias is not None:
-        nn.init.zeros_(module.bias)
+    Raises:
+        RuntimeError: it is of another size.
+    """
+    if module.weight is not None or not all(isinstance(x, torch.Tensor) for x in inputs):
+        return  # the op refuses what does not go with the weight, and what is no tensor
+    (n,) = module.normalized_shape
+    if max([x.shape[-1] if x.dim() else 1 for x in inputs]) != n:  # of a sum a size of 1 broadcasts
+        named = zip(("x", "residual"), inputs, strict=False)
+        given = " and ".join(f"{name} has shape {tuple(x.shape)}" for name, x in named)
+        raise RuntimeError(
+            f"{type(module).__name__}: {given}; expected (..., {n}), since normalized_shape is {n}: move the dim to be "
+            "normalised to the end with .movedim(), or make the module with its size"
+        )

@@ -116,11 +116,15 @@ class Point(HoldsPoints):
 
     POINT = ""  # the module's path is the point's whole name
 
+    def __init__(self) -> None:  # so that Python names this class where it is given arguments
+        super().__init__()
+
     def point_infos(self) -> tuple[PointInfo, ...]:
         return (PointInfo(self.POINT, "x", "of its input"),)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self._requests and not isinstance(x, torch.Tensor):
+            _check_not_symbolic(x)
             name = self._requests[0][self.POINT].name
             raise TypeError(f"Point '{name}': the input is {type(x).__name__}; expected a torch.Tensor")
         return self.point(self.POINT, x)
@@ -181,8 +185,10 @@ def gradients_reach(*inputs: Any) -> bool:
     """Whether anything computed from these inputs can have a gradient.
 
     Raises:
-        RuntimeError: it comes from outside a torch.vmap, inside of which a request would get nothing.
+        RuntimeError: it comes from outside a torch.vmap, inside of which a request would get nothing; or torch.fx
+            records what is computed.
     """
+    _check_not_symbolic(*inputs)
     if not records():
         return False
     tensors = [x for x in inputs if isinstance(x, torch.Tensor)]
@@ -191,6 +197,16 @@ def gradients_reach(*inputs: Any) -> bool:
     if not torch.compiler.is_compiling() and any(map(_is_reached_from_outside, tensors)):
         check_no_transform("retain")
     return False
+
+
+def _check_not_symbolic(*inputs: Any) -> None:
+    """Raise where what is asked is called with stand-ins of torch.fx: the program that it records has no points."""
+    if not torch.compiler.is_compiling() and any(isinstance(x, torch.fx.Proxy) for x in inputs):
+        raise RuntimeError(
+            "retain: points were asked for while torch.fx records this call, and the program that it makes answers no "
+            "request; leave the `with` of ro.retain first, or trace with a Tracer whose is_leaf_module is true of "
+            "ro.nn.HoldsPoints"
+        )
 
 
 def _is_reached_from_outside(x: torch.Tensor) -> bool:
