@@ -30,7 +30,7 @@ class GroupNorm(HoldsPoints):
     Raises:
         TypeError: num_groups or num_channels is not an integer.
         ValueError: num_groups does not divide num_channels.
-        RuntimeError: in forward, dim 1 is of another size.
+        RuntimeError: in forward, dim 1 is not of the weight's size.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 64, 3), ro.nn.GroupNorm(32, 64), nn.SiLU())
@@ -69,13 +69,6 @@ class GroupNorm(HoldsPoints):
         reset_weights(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # The op refuses channels that do not go with the weight.
-        if self.weight is None and isinstance(x, torch.Tensor) and x.dim() > 1 and x.shape[1] != self.num_channels:
-            raise RuntimeError(
-                f"GroupNorm: x has shape {tuple(x.shape)}; expected (batch, {self.num_channels}, ...), since "
-                f"num_channels is {self.num_channels}: move the channels to dim 1 with .movedim(), or make the module "
-                "with their number"
-            )
         return self.call(x, self.num_groups, self.weight, self.bias, self.eps)
 
     def extra_repr(self) -> str:
