@@ -9,7 +9,9 @@ multiprocessor these come one after the other. Rates beyond `retainops.testing.r
 
 from __future__ import annotations
 
+import argparse
 import math
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -90,14 +92,19 @@ def _tile(launch: Any, cut: Tiles, width: int, products: int, gpu: str) -> Tile:
 
     def seconds(counts: Counter[str]) -> float:
         lanes = {"issue": ISSUE_LANES * ISSUE_EFFICIENCY, **of.lanes}
-        return max(threads * counts[pipe] / (lanes[pipe] * of.clock) for pipe in counts if pipe != "tensor")
+        times = (threads * n / (lanes[pipe] * of.clock) for pipe, n in counts.items() if pipe != "tensor")
+        return max(times, default=0.0)
 
     resident = min(REGISTERS // (found.registers * threads), SHARED // found.shared)
     return Tile(chunks * max(tensor, read, seconds(chunk)), seconds(rest), max(min(resident, 2), 1))
 
 
 def _split(code: Sequence[sass.Instruction]) -> tuple[Counter[str], Counter[str]]:
-    """Of the loop that holds the products: what every trip executes, and what is skipped but at a tile's end."""
+    """Of the loop that holds the products: what a chunk executes beside them, and what else a tile does.
+
+    Where a trip is a chunk, the latter is skipped but at a tile's end. Where nothing is skipped, a trip is a whole
+    tile, and a chunk is its products alone.
+    """
     products = [i.address for i in code if i.base == "HGMMA"]
     jumps = [i for i in code if i.base == "BRA" and i.guard is not None and i.opcode == "BRA"]
     back = min((i for i in jumps if i.target <= products[0] and i.address > products[-1]), key=lambda i: i.address)
@@ -105,7 +112,8 @@ def _split(code: Sequence[sass.Instruction]) -> tuple[Counter[str], Counter[str]
     skips = [(i.address, i.target) for i in loop if i.base == "BRA" and i.guard and i.target > i.address]
     always = [i for i in loop if not any(a < i.address < b for a, b in skips)]
     once = [i for i in loop if any(a < i.address < b for a, b in skips)]
-    return work(map(Step, always), 1), work(map(Step, once), 1)
+    chunk, rest = (always, once) if once else ([], always)
+    return work(map(Step, chunk), 1), work(map(Step, rest), 1)
 
 
 def table(heads: int = 32, width: int = 128, gpu: str = "H200") -> str:
@@ -118,5 +126,15 @@ def table(heads: int = 32, width: int = 128, gpu: str = "H200") -> str:
     return "\n".join(lines)
 
 
+def main(argv: list[str] | None = None) -> int:
+    description = (__doc__ or "").split("\n")[0]
+    parser = argparse.ArgumentParser(prog="python -m bench.attention_forecast", description=description)
+    parser.add_argument("--heads", type=int, default=32, help="default: 32")
+    parser.add_argument("--width", type=int, default=128, help="of a head; default: 128")
+    options = parser.parse_args(argv)
+    print(table(options.heads, options.width))
+    return 0
+
+
 if __name__ == "__main__":
-    print(table())
+    sys.exit(main())

@@ -315,7 +315,7 @@ def main(
     image: Annotated[
         Path | None, typer.Option(help="The photograph. Default: scikit-learn's, china and flower.")
     ] = None,
-    out: Annotated[Path, typer.Option(help="The picture.")] = Path("explain_vit.png"),
+    out: Annotated[Path, typer.Option(help="The picture: .png, .pdf or .svg.")] = Path("explain_vit.png"),
     steps: Annotated[int, typer.Option(help="Of training, without --model.", min=1)] = 300,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
 ) -> None:
@@ -326,8 +326,10 @@ def main(
     """
     console = Console()
     torch.manual_seed(seed)
+    if out.suffix not in (".png", ".pdf", ".svg"):
+        raise typer.BadParameter(f"{out}: expected a name that ends in .png, .pdf or .svg", param_hint="--out")
     if not out.parent.is_dir():
-        raise typer.BadParameter(f"there is no folder {out.parent}", param_hint="--out")
+        raise typer.BadParameter(f"{out}: there is no folder {out.parent}", param_hint="--out")
     photographs = (
         [read(image)] if image else [torch.tensor(p).movedim(-1, 0) / 255 for p in load_sample_images().images]
     )

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Annotated
 
 import torch
 import typer
@@ -72,8 +73,19 @@ def noise_scale(l2_of_rows: torch.Tensor, sum_of_rows: torch.Tensor) -> tuple[fl
     return (small - big) / (1 - 1 / tokens), (tokens * big - small) / (tokens - 1)
 
 
-def main(steps: int = 200, layers: int = 4, seed: int = 0, out: Path = Path("gradient_noise_scale.png")) -> None:
+def main(
+    steps: Annotated[int, typer.Option(min=1, help="Steps of training.")] = 200,
+    layers: Annotated[int, typer.Option(min=1, help="How many layers the model has.")] = 4,
+    seed: Annotated[int, typer.Option(help="Of weights and of the order of the text.")] = 0,
+    out: Annotated[Path, typer.Option(help="The picture: .png, .pdf or .svg.", metavar="FILE")] = Path(
+        "gradient_noise_scale.png"
+    ),
+) -> None:
     """Train, measure at every step, and draw the noise scale of each norm."""
+    if out.suffix not in (".png", ".pdf", ".svg"):
+        raise typer.BadParameter(f"{out}: expected a name that ends in .png, .pdf or .svg", param_hint="--out")
+    if not out.parent.is_dir():
+        raise typer.BadParameter(f"{out}: there is no folder {out.parent}", param_hint="--out")
     torch.manual_seed(seed)
     text = torch.tensor(list("".join(topics.values()).encode()))
     model = Model(layers)

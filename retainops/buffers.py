@@ -16,8 +16,9 @@ class Into:
     """Ask for a point's gradient in a buffer of yours, written by the backward kernel itself.
 
     Args:
-        buffer: a tensor of the point's shape and device, in the point's dtype or float32 (which keeps what the
-            kernel computed, unrounded). Any strides, but no two elements may share memory. It must not require grad.
+        buffer: a tensor of the point's shape and device, in the point's dtype, or float32 for a point of 16 bits (then
+            it keeps what a kernel computed, unrounded). Any strides, but no two elements may share memory. It must not
+            require grad.
         accumulate: False: the first gradient after the slot was made or `reset()` overwrites the buffer and later
             ones add to it. True: every gradient adds to what the buffer holds.
 

@@ -267,13 +267,18 @@ def explain(op: Callable[..., Any] | str, *inputs: Any) -> str:
 
     Args:
         op: a function of retainops, or its name.
-        *inputs: what it would be called with.
+        *inputs: what it would be called with; those that have a default may be left out.
+
+    Raises:
+        KeyError: not an op of retainops; the message lists them.
+        TypeError: an input without a default is left out, or none is a tensor.
 
     Example:
         >>> ro.explain(ro.mul_sin, torch.ones(3), 2.0)
         'mul_sin takes the reference path: an input is on cpu, and the kernels run on cuda.'
     """
     record, inputs = find(op), arrived(inputs)
+    _check_given(op, record, inputs)
     why = why_reference(record, inputs)
     if record.kind == "attention":
         path = "the Triton kernels" if why is None else f"the reference path: {why}"
@@ -282,3 +287,21 @@ def explain(op: Callable[..., Any] | str, *inputs: Any) -> str:
         where = next(x.device for x in inputs if isinstance(x, torch.Tensor))
         return f"{record.name} takes the Triton kernels: every input is a dense floating-point tensor on {where}."
     return f"{record.name} takes the reference path: {why}."
+
+
+def _check_given(op: Callable[..., Any] | str, record: Op, inputs: tuple[Any, ...]) -> None:
+    """Raise if this is nothing that the op could be called with, so that there is no path to speak of."""
+    # Another name of an op has other defaults than the record knows.
+    if not isinstance(op, str) or op == record.name:
+        call = op if callable(op) else record.call
+        fused = getattr(call, "op", None) is record  # of those all parameters are inputs
+        parameters = [p for p in inspect.signature(call).parameters.values() if p.name != "retain"]
+        expected = [p for p in parameters if fused or p.kind is not p.KEYWORD_ONLY]
+        if any(p.default is p.empty for p in expected[len(inputs) :]):
+            raise TypeError(
+                f"{record.name}: {len(inputs)} inputs were given; expected {', '.join(p.name for p in expected)}, or "
+                "those without a default"
+            )
+    if not any(hasattr(type(x), "__torch_function__") for x in inputs):
+        given = ", ".join(type(x).__name__ for x in inputs) or "none"
+        raise TypeError(f"{record.name}: the inputs given are {given}; expected a torch.Tensor among them")

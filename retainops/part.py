@@ -18,12 +18,12 @@ class Part:
 
     Args:
         heads, queries, keys: which; an int, a slice, a sequence of ints, or None for all. Negative ints count from the
-            end. All dims stay, also those of an int: `slot.grad` is (..., heads, queries, keys) of what was chosen, in
-            the order in which it was.
+            end; of `[]` the gradient has no elements. All dims stay, also those of an int: `slot.grad` is (..., heads,
+            queries, keys) of what was chosen, in the order in which it was.
 
     Raises:
         TypeError: a choice of another type.
-        ValueError: nothing is chosen. Later, by the op: of a point without such dims.
+        ValueError: heads, queries and keys are all None. Later, by the op: of a point without such dims.
         IndexError: later, by the op: a choice that is out of range.
 
     Example:

@@ -166,7 +166,7 @@ def point(x: torch.Tensor, name: str, *, retain: Retained | None = None) -> torc
         x, as a view. (PyTorch refuses in-place operations on that, which would reach x too; use out-of-place ones.)
 
     Raises:
-        TypeError: `retain` is not a `Retained`.
+        TypeError: x is not a tensor, or `retain` is not a `Retained`.
         RuntimeError: x does not require grad, grad mode is off, the slot was used with another shape and not reset
             since, or a torch.func transform is active.
 
@@ -181,7 +181,11 @@ def point(x: torch.Tensor, name: str, *, retain: Retained | None = None) -> torc
     if not isinstance(retain, Retained):
         raise TypeError(f'point: retain is {type(retain).__name__}; expected retainops.Retained, as Retained("{name}")')
     slot = retain.get(name)
-    return x if slot is None else tap("point", slot, x, as_view=True)
+    if slot is None:
+        return x
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"point: x, to be '{name}', is {type(x).__name__}; expected a torch.Tensor that requires grad")
+    return tap("point", slot, x, as_view=True)
 
 
 def records() -> bool:

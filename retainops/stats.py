@@ -69,9 +69,9 @@ OVER_OF_ATTENTION = ("heads", "queries", "keys")
 class Stats:
     """Ask for statistics of a point's gradient instead of the gradient: no buffer of its size exists at any time.
 
-    A kernel leaves four float32 a statistic and tile, mostly of 1024 elements, of 16-bit tensors of 2048 ("hist": 256
-    counts a tile); they are put together when the statistic is read. The tiles are smaller, and their shares more,
-    where no two dims of the operands merge.
+    A kernel leaves a float32 a warp for each statistic and tile, mostly of 1024 elements in four warps, of 16-bit
+    tensors in two ("hist": 256 counts a tile); they are put together when the statistic is read. The tiles are smaller,
+    and their shares more, where no two dims of the operands merge.
 
     Args:
         *names: of "l2", "sum", "abs_sum", "amax", "mean", "nonfinite", "act_grad" (the sum of value x gradient) and

@@ -41,3 +41,14 @@ def test_what_would_not_fit_is_left_out() -> None:
     assert not bench.fits(bench.EAGER, 2048, sizes)
     assert bench.fits(bench.FULL, 2048, sizes)
     assert bench.fits(bench.LEGRAD, 2**20, sizes)
+
+
+def test_the_forecast_is_of_every_request(capsys: pytest.CaptureFixture[str]) -> None:
+    """legrad's kernel has no branch in its loop: one trip is a whole tile."""
+    pytest.importorskip("triton", reason="without triton there are no kernels to predict for")
+    from bench import attention_forecast as command
+
+    assert command.main([]) == 0
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[0] for row in rows] == list(command.ASKED)
+    assert all(1 < float(ratio) < 5 for row in rows for ratio in row[1:])

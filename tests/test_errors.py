@@ -32,6 +32,12 @@ def test_retain_of_another_type(path: Path, a: torch.Tensor, retain) -> None:
         ro.mul_sin(a, a, retain=retain)
 
 
+def test_a_point_of_something_else() -> None:
+    with pytest.raises(TypeError, match=r"point: x, to be 'c', is float; expected a torch\.Tensor that requires grad"):
+        ro.point(3.0, "c", retain=ro.Retained("c"))
+    assert ro.point(3.0, "d", retain=ro.Retained("c")) == 3.0
+
+
 def test_shapes_that_do_not_broadcast(path: Path, a: torch.Tensor) -> None:
     b = torch.ones(3, device=path.device)
     with pytest.raises(RuntimeError, match=r"mul_sin: a of shape \(3, 4\) and b of shape \(3,\) do not broadcast"):

@@ -125,7 +125,9 @@ def results(printed: str) -> list[str]:
 
 def test_examples_refuse_before_the_work(lm: dict[str, Any], tmp_path: Path) -> None:
     assert "multiple of 8" in refusal("train_lm", "--width", "12")
-    for name in ("train_lm", "attribution_patching", "quantisation_sensitivity"):
+    for option in ("--steps", "--layers"):
+        assert f"Invalid value for '{option}'" in refusal("gradient_noise_scale", option, "0")
+    for name in ("train_lm", "attribution_patching", "quantisation_sensitivity", "gradient_noise_scale"):
         assert "there is no folder" in refusal(name, "--out", str(tmp_path / "missing" / "picture.png"))
         assert ".png, .pdf or .svg" in refusal(name, "--out", str(tmp_path / "picture.bmp"))
 

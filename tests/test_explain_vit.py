@@ -140,6 +140,7 @@ def test_the_attention_of_timm(example: SimpleNamespace, monkeypatch: pytest.Mon
         ({"image": Path("no.jpg")}, "no.jpg cannot be read as an image"),
         ({"image": EXAMPLE}, "explain_vit.py cannot be read as an image"),
         ({"out": Path("nowhere/picture.png")}, "there is no folder nowhere"),
+        ({"out": Path("picture.xyz")}, "expected a name that ends in .png, .pdf or .svg"),
         ({"model": str(EXAMPLE.parent)}, "examples"),
     ],
 )

@@ -210,6 +210,41 @@ def test_other_names_of_an_op() -> None:
     assert ro.explain(ro.siren, torch.ones(1), 30.0).startswith("mul_sin takes the reference path: ")
 
 
+def test_explain_takes_calls_without_what_has_a_default(kernels: Path) -> None:
+    x, target = torch.ones(4, 8, device=kernels.device), torch.zeros(4, dtype=torch.int64, device=kernels.device)
+    calls = {
+        "cross_entropy": (x, target),
+        "linear_cross_entropy": (x, torch.ones(5, 8, device=kernels.device), target),
+        "bias_dropout_add": (x, None, x),
+        "rms_norm": (x,),
+        "add_layer_norm": (x, x),
+        "group_norm": (x, 2),
+        "softmax": (x,),
+        "rope": (x, x, x, x),
+        "swiglu": (x,),
+    }
+    for name, inputs in calls.items():
+        assert "takes the Triton kernels" in ro.explain(name, *inputs), name
+    assert "the Triton kernels" in ro.explain("attention", x, x, x)
+    assert "mul_sin takes the Triton kernels" in ro.explain(ro.siren, x)
+
+
+def test_explain_of_what_is_no_call() -> None:
+    x = torch.ones(3)
+    with pytest.raises(TypeError, match="mul_sin: 0 inputs were given; expected a, b, or those without a default"):
+        ro.explain(ro.mul_sin)
+    with pytest.raises(TypeError, match="cross_entropy: 1 inputs were given; expected logits, target, weight, "):
+        ro.explain(ro.cross_entropy, x)
+    with pytest.raises(TypeError, match="rope: 3 inputs were given; expected q, k, cos, sin, "):
+        ro.explain("rope", x, x, x)
+    f = ro.fuse_pointwise(lambda a, b, *, t=1.0: a * b * t)
+    with pytest.raises(TypeError, match="1 inputs were given; expected a, b, t, or those without a default"):
+        ro.explain(f, x)
+    for op, of in ((ro.mul_sin, "mul_sin"), ("siren", "mul_sin"), (ro.siren, "mul_sin")):
+        with pytest.raises(TypeError, match=f"{of}: the inputs given are float, int; expected a torch.Tensor among"):
+            ro.explain(op, 1.0, 2)
+
+
 def test_explain_of_something_else() -> None:
     with pytest.raises(KeyError, match="'relu' is not an op of retainops; did you mean '(reglu|.*_relu)'"):
         ro.explain("relu", torch.ones(1))

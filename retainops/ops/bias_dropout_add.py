@@ -136,5 +136,5 @@ BIAS_DROPOUT_ADD = pointwise(
         PointInfo("dropped", "dropout(biased)", "of x and bias, broadcast", (0, 1)),
     ],
     sample=_sample_with_seed,
-    refuses=lambda x, bias, residual, p, seed: refuses_dtypes(x, bias, residual),
+    refuses=lambda x, bias, residual, *_: refuses_dtypes(x, bias, residual),
 )

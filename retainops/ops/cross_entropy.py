@@ -51,15 +51,19 @@ def cross_entropy(
         label_smoothing: in [0, 1]: this part of each target is spread over all classes.
         z_loss: of 0 or above: z_loss * lse^2 is added for each row, lse = log(sum(exp(logits))).
         softcap: above 0: logits become softcap * tanh(logits / softcap) first. None: they stay.
-        retain: `Retained("logits")` to keep the gradient with respect to what enters the softmax.
+        retain: `Retained("logits", "p")` to keep the gradients with respect to what enters the softmax, and to what
+            leaves it.
 
     Returns:
         (...) for "none", else no dims; of the logits' dtype (float32 under autocast).
 
     Raises:
-        TypeError: logits or weight is no floating-point tensor, target no tensor of integers, an option no number.
+        TypeError: logits or weight is no floating-point tensor, target no tensor of integers, an option no number, or
+            `retain` is not a `Retained`.
         ValueError: an option out of its range, an unknown reduction.
-        RuntimeError: shapes or devices that do not go together, no classes, a weight that requires grad.
+        RuntimeError: shapes or devices that do not go together, no classes, a weight that requires grad, a point
+            retained that no gradient reaches.
+        KeyError: `retain` names another point than those below.
         IndexError: a target that is no class, in a CPU tensor. On a GPU nobody waits to look: such a row's loss is
             NaN, and so is its gradient. With RETAINOPS_CHECK_TARGETS=1 in the environment it is an error there too.
 
@@ -176,7 +180,7 @@ def _by_way_of_p(logp: Tensor, point: Point) -> Tensor:
     return logp + torch.log1p(change / p.clamp_min(torch.finfo(p.dtype).tiny))
 
 
-def _refuses(logits: Any, target: Any, weight: Any, *_options: Any) -> str | None:
+def _refuses(logits: Any, target: Any, weight: Any = None, *_options: Any) -> str | None:
     why = refuses_rows(logits) or refuses_dtypes(*(x for x in (logits, weight) if x is not None))
     return why or (None if target.device == logits.device else "the inputs are on different devices")
 

@@ -41,7 +41,7 @@ def group_norm(
         Of x's shape, dtype and layout. All is computed in float32 (float64 for float64) and rounded once.
 
     Raises:
-        TypeError: x or a weight is not a tensor, x is not floating-point, num_groups is not an integer, eps is not a
+        TypeError: x or a weight is not a tensor, x is of integers or bool, num_groups is not an integer, eps is not a
             number, or `retain` is not a `Retained`.
         ValueError: eps is not above 0.
         RuntimeError: x has no channels, num_groups does not divide them, a weight is not of shape (channels,), the

@@ -65,8 +65,8 @@ def linear_cross_entropy(
         (...) for reduction="none", else no dims; of x's dtype (float32 under autocast).
 
     Raises:
-        TypeError, ValueError, RuntimeError, IndexError: as of `cross_entropy`; a chunk that is no integer above 0,
-            a weight or bias whose shape or dtype does not go with x, or a point retained that no gradient reaches.
+        TypeError, ValueError, RuntimeError, IndexError, KeyError: as of `cross_entropy`; a chunk that is no integer
+            above 0, or a weight or bias whose shape or dtype does not go with x.
 
     Points:
         x, (..., H): its gradient is also that of the input.

@@ -42,7 +42,7 @@ def rms_norm(
         (..., n), of x's dtype; with round_first of what x's and weight's promote to.
 
     Raises:
-        TypeError: x or weight is not a tensor, x is not floating-point, eps or offset is not a number, or `retain` is
+        TypeError: x or weight is not a tensor, x is of integers or bool, eps or offset is not a number, or `retain` is
             not a `Retained`.
         ValueError: eps is not above 0.
         RuntimeError: x has no dims or no columns, weight is not of shape (n,), the devices differ, or a point is
