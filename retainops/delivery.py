@@ -50,7 +50,7 @@ class Addressee:
         if dense is None or leaf is None:
             return
         if isinstance(self.want, Into):
-            self.deposit("torch.compile", dense, None)
+            self.place("torch.compile", dense, None)
             return
         if torch.is_grad_enabled():  # create_graph
             dense = NoSecond.apply(dense, torch.empty((), device=dense.device, requires_grad=True), self.name)
@@ -86,7 +86,7 @@ class Addressee:
     def merge(self, parts: Mapping[str, PartOfStats], leaf: torch.Tensor | None = None) -> None: ...
 
     @abstractmethod
-    def deposit(
+    def place(
         self, op: str, grad: torch.Tensor, value: torch.Tensor | None, leaf: torch.Tensor | None = None
     ) -> torch.Tensor | None: ...
 

@@ -290,7 +290,7 @@ def explain(op: Callable[..., Any] | str, *inputs: Any) -> str:
 
 
 def _check_given(op: Callable[..., Any] | str, record: Op, inputs: tuple[Any, ...]) -> None:
-    """Raise if this is nothing that the op could be called with, so that there is no path to speak of."""
+    """Raise if an input without a default is missing, or none is a tensor, so that there is no path to speak of."""
     # Another name of an op has other defaults than the record knows.
     if not isinstance(op, str) or op == record.name:
         call = op if callable(op) else record.call

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from retainops.arrivals import in_backward_order, on_both_sides
+from retainops.arrivals import came_between, in_backward_order
 from retainops.names import listed
 from retainops.readings import Reading, Readings
 from retainops.retained import Retained
@@ -38,7 +38,7 @@ def first_nonfinite(kept: Retained, readings: Readings) -> tuple[str, str] | Non
         return None
     order = [name for name in in_backward_order(kept) if "nonfinite" in readings.get(name, {})]
     place, first = next((i, name) for i, name in enumerate(order) if name in bad)
-    around = [name for name in on_both_sides(kept, first) if name in order]
+    around = came_between(kept, first)
     others = len(bad.difference(around)) - 1
     rest = f"that of '{order[place - 1]}', right before it in backward, is finite" if place else FIRST
     if around:

@@ -216,6 +216,9 @@ class Slot(Addressee):
         The shape is the graph's: the slot itself may have been reset and bound to another one since.
         """
         self.note_arrival()
+        return self._answer(op, shape, dtype, device)
+
+    def _answer(self, op: str, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Answer:
         if self.want is None:
             new = torch.empty(shape, dtype=dtype, device=device)
             return Answer(new, False, new, None)
@@ -249,7 +252,14 @@ class Slot(Addressee):
     def deposit(
         self, op: str, grad: torch.Tensor, value: torch.Tensor | None, leaf: torch.Tensor | None = None
     ) -> torch.Tensor | None:
-        """Put a gradient that exists already where the caller wants it; what to return to autograd for the slot.
+        """Take a gradient that comes, and exists already; what to return to autograd for the slot. See `place`."""
+        self.note_arrival()
+        return self.place(op, grad, value, leaf)
+
+    def place(
+        self, op: str, grad: torch.Tensor, value: torch.Tensor | None, leaf: torch.Tensor | None = None
+    ) -> torch.Tensor | None:
+        """Put a gradient, of which it is noted that it came, where the caller wants it.
 
         `value` is the interior's value, for statistics that need it; `leaf` is the one that the graph was built with.
         `grad` and `value` may be wider than the interior's dtype: what is kept is rounded to it last.
@@ -262,11 +272,10 @@ class Slot(Addressee):
                 f"{op}: point '{self.name}' was asked for {self.want}, and its gradient is {kind}; "
                 f"ask for the gradient itself{more}"
             )
-        self.note_arrival()
         if isinstance(self.want, Into):
             with self._lock, torch.no_grad():
                 self.want.check_kind(op, self.name, is_dtensor(grad))
-                answer = self.answer(op, grad.shape, dtype, grad.device)
+                answer = self._answer(op, grad.shape, dtype, grad.device)
                 if answer.accumulate:
                     self.want.buffer.add_(grad)
                 else:
@@ -288,7 +297,8 @@ class Slot(Addressee):
 
     def note_arrival(self, compiled: bool = False) -> None:
         """Something came: `first_nonfinite` asks for the order."""
-        self._arrival = noted(self._arrival, compiled)
+        with self._lock:
+            self._arrival = noted(self._arrival, compiled)
 
     def _is_finite(self) -> bool | None:
         """Whether the gradient is; None: there is none. Reads a value, so it waits for the GPU."""

@@ -82,9 +82,9 @@ class Stats:
             or "keys" (one a key of each head).
         grad: keep the full gradient too.
 
-    Sums are held in float32 (float64 for float64 gradients) and, in a kernel, taken before the gradient is rounded to
-    the tensor's dtype. Over several uses and backward calls sums and counts add up and amax takes the maximum: l2, mean
-    and the others speak of all gradient values since `reset()`.
+    Sums are held in float32 (float64 for float64 gradients). In a kernel all but "nonfinite" are taken before the
+    gradient is rounded to the tensor's dtype. Over several uses and backward calls sums and counts add up and amax
+    takes the maximum: l2, mean and the others speak of all gradient values since `reset()`.
 
     Raises:
         TypeError: a name is not a string.
@@ -195,8 +195,9 @@ def parts_of(
             return count(g, over)
         if name == "nonfinite":
             # Compiled code may hold what is of float16 in float32.
-            half = dtype == torch.float16 or (g.dtype == torch.float16 and torch.compiler.is_compiling())
-            flags = torch.where(wide.abs() < HALF_OVERFLOWS, 0.0, torch.nan) if half else wide
+            is_wide = g.dtype != torch.float16 or torch.compiler.is_compiling()
+            half = torch.float16 in (g.dtype, dtype) and is_wide
+            flags = wide.masked_fill(wide.abs() >= HALF_OVERFLOWS, torch.nan) if half else wide
             return nonfinite(flags, dims) if dims else (~flags.isfinite()).to(torch.int64)
         if name in KINDS:
             return KINDS[name].of(wide, None if value is None else value.to(wide.dtype))

@@ -50,6 +50,7 @@ class Watcher:
         self._asked, self._sinks, self._on_nonfinite, self._group = asked, sinks, on_nonfinite, group
         self._begun = self._asking = self._closed = self._counted = False
         self._handles: list[Any] = []
+        self._pauses = 0
         self.begin()
 
     @property
@@ -72,7 +73,7 @@ class Watcher:
     def begin(self) -> None:
         """Ask the model if it is this step's turn. Begun already: nothing happens."""
         self._begun = True
-        if not self._asking and not self._closed and self.number % self.every == 0:
+        if not self._asking and not self._closed and not self._pauses and self.number % self.every == 0:
             for slot in self.kept.values():
                 slot.renew()  # a backward of an earlier step's graph is not this step's
             self._asked.on()
@@ -111,12 +112,16 @@ class Watcher:
         """
         number, asking = self.number, self._asking
         self._cease()
+        self._pauses += 1
         try:
             yield
         finally:
-            if asking and not self._asking and not self._closed and self.number == number:
+            self._pauses -= 1
+            if asking and self.number == number and not self._closed and not self._pauses:
                 self._asked.on()
                 self._asking = True
+            elif self._begun:  # in the pause
+                self.begin()
 
     def discard(self) -> None:
         """Forget what came in this step so far, which is to be run again: after an error that was caught, say."""

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import retainops as ro
-from retainops.arrivals import in_backward_order, on_both_sides
+from retainops.arrivals import MOST_CALLS, came_between, in_backward_order
 from retainops.ops._plan import several
 from retainops.registry import find, ops
 from tests.conftest import Path
@@ -46,8 +47,8 @@ def test_the_points_of_an_op_that_several_ask(path: Path, wants: tuple[str | Non
     with ro.retain(model, "*", asked[0]) as first, ro.retain(model, "*", asked[1]) as second:
         model(x).square().sum().backward()
     assert in_backward_order(first) == in_backward_order(second) == ["p", "scaled"]
-    assert not on_both_sides(first, "p")
-    assert not on_both_sides(second, "p")
+    assert not came_between(first, "p")
+    assert not came_between(second, "p")
 
 
 class Branch(nn.Module):
@@ -103,7 +104,7 @@ def test_a_point_that_a_backward_comes_to_twice() -> None:
         for _ in range(2):
             model(x).sum().backward()
         assert in_backward_order(watcher.kept) == ["p", "q", "r"]
-        assert [on_both_sides(watcher.kept, name) for name in "pqr"] == [["q"], ["p"], []]
+        assert [came_between(watcher.kept, name) for name in "pqr"] == [["q"], [], []]
         with pytest.raises(ro.NonFiniteGradient) as caught:
             watcher.step()
     assert str(caught.value) == (
@@ -119,4 +120,60 @@ def test_micro_batches_that_all_go_the_same_way_are_no_circle() -> None:
             model(x).sum().backward()
         (torch.autograd.grad(model(x).sum(), x, create_graph=True)[0].sum() + model(x).sum()).backward()
     assert in_backward_order(kept) == ["3", "2", "1", "0"]
-    assert not any(on_both_sides(kept, name) for name in kept)
+    assert not any(came_between(kept, name) for name in kept)
+
+
+class Gap(nn.Module):
+    """Of a, b, x, c and d it is not known where x is, or only in part; backward goes bad right before c."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.a, self.b, self.c, self.d = (ro.nn.Point() for _ in range(4))
+        self.x = nn.Sequential(ro.nn.Point())
+        if how == "compiled":
+            self.x.compile(backend="eager", fullgraph=True)
+
+    def forward(self, v: torch.Tensor, deep: bool) -> torch.Tensor:
+        v = self.b(self.a(v * 1) * 1)
+        v = checkpoint(self.x, v, use_reentrant=True) if self.how == "reentrant" else self.x(v)
+        v = self.c(v * 1)
+        return self.d(Poison.apply(v, torch.inf)) if deep else v
+
+
+@pytest.mark.parametrize("how", ["compiled", "reentrant", "asked by another"])
+def test_points_whose_place_is_not_known_everywhere(how: str, fresh_compiler: None) -> None:
+    model, v = Gap(how), torch.ones(3, requires_grad=True)
+    patterns = list("abcd") if how == "asked by another" else "*"
+    with ro.watch(model, patterns, every=1) as watcher, ro.retain(model, "x.0"):
+        for deep in (False, True):
+            model(v, deep).sum().backward()
+        assert in_backward_order(watcher.kept) == [name for name in ("d", "c", "x.0", "b", "a") if name in watcher.kept]
+        with pytest.raises(ro.NonFiniteGradient, match="of 'c' has 1 element .*; that of 'd', .* is finite"):
+            watcher.step()
+
+
+def test_a_call_through_the_last_point_alone() -> None:
+    """And then one that comes to p, q, p and r."""
+    model, x = Twice(float("inf")), torch.ones(3, requires_grad=True)
+    with ro.retain(model) as kept:
+        model.r(x).sum().backward()
+        model(x).sum().backward()
+    assert in_backward_order(kept) == ["p", "q", "r"]
+
+
+def test_more_calls_than_a_slot_knows() -> None:
+    model, x = Branch("b"), torch.ones(3, requires_grad=True)
+    with ro.retain(model) as kept:
+        for call in range(3 * MOST_CALLS):
+            model(x, call >= 2 * MOST_CALLS).sum().backward()
+    assert all(len(slot._arrival.calls) <= MOST_CALLS for slot in kept.values())
+    assert in_backward_order(kept) == ["c", "b", "a"]
+
+
+def test_points_between_count_whether_or_not_they_tell_of_inf() -> None:
+    model, x = Twice(float("nan")), torch.ones(3, requires_grad=True)
+    with ro.watch(model, {"*": ro.Stats("nonfinite"), "q": ro.Stats("l2")}, every=1) as watcher:
+        model(x).sum().backward()
+        with pytest.raises(ro.NonFiniteGradient, match="it got several, and between them came that of q"):
+            watcher.step()

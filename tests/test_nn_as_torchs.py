@@ -130,6 +130,8 @@ def test_a_size_that_nothing_says() -> None:
     norm = ro.nn.RMSNorm(8, elementwise_affine=False)
     del norm.normalized_shape
     torch.testing.assert_close(norm(x), ro.rms_norm(x))
+    norm.normalized_shape = 3  # no tuple
+    torch.testing.assert_close(norm(x), ro.rms_norm(x))
 
 
 def test_a_sum_of_the_right_size() -> None:

@@ -55,3 +55,15 @@ def test_what_other_dtypes_have_room_for_does_not(path: Path, dtype: torch.dtype
     kept = ro.Retained(c=ro.Stats("nonfinite"))
     ro.pointwise.mul_square(x, 1.0, retain=kept).backward(torch.full_like(x, ABOVE))
     assert kept.c.nonfinite == 0
+
+
+@pytest.mark.parametrize("default", [torch.float16, torch.bfloat16])
+def test_counts_are_whole_whatever_the_default_dtype(path: Path, default: torch.dtype) -> None:
+    x = torch.ones(5001, dtype=torch.float16, device=path.device, requires_grad=True)
+    kept = ro.Retained(c=ro.Stats("nonfinite"))
+    torch.set_default_dtype(default)
+    try:
+        ro.pointwise.mul_square(x, 1.0, retain=kept).backward(torch.full_like(x, ABOVE))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert kept.c.nonfinite == 5001

@@ -188,7 +188,17 @@ def test_a_pause_that_a_step_ends_in() -> None:
         assert not watcher.asking
         with watcher.paused():
             watcher.step()
+            assert not watcher.asking
         assert watcher.asking
+        with watcher.paused(), watcher.paused():
+            watcher.begin()  # begun already
+            assert not watcher.asking
+        assert watcher.asking
+        with watcher.paused():
+            watcher.end()
+        assert not watcher.asking
+        watcher.end()
+        watcher.begin()
         with watcher.paused():
             watcher.close()
         assert not watcher.asking

@@ -299,6 +299,15 @@ def test_lightning_goes_on_with_its_numbers_by_hand() -> None:
     another.close()
 
 
+def test_lightning_with_two_callbacks() -> None:
+    """A trainer refuses two that have a state and the same key."""
+    trainer, module, first, _ = lightning(WithLoss(), "model.net.*.act", every=2)
+    _, _, second, _ = lightning(WithLoss(), "model.net.out")
+    trainer.callbacks.append(second)
+    trainer.fit(module, loader(), loader())
+    assert first.state_key != second.state_key
+
+
 def test_lightning_validates_between_the_micro_batches_of_a_step() -> None:
     """`validation_step` looks that nothing is asked; the step has both micro-batches all the same."""
     model, (steps, sink) = WithLoss(), collect()

@@ -92,6 +92,12 @@ class WatchCallback(Callback):
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         self._pause.close()
 
+    @property
+    def state_key(self) -> str:
+        """A trainer may have several, of other arguments."""
+        kwargs = {name: repr(value) for name, value in self._kwargs.items() if name not in ("to", "group")}
+        return self._generate_state_key(args=repr(self._args), **kwargs)
+
     def state_dict(self) -> dict[str, Any]:
         return {"batches": self._batches}
 

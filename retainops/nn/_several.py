@@ -64,8 +64,7 @@ class Joined(Slot):
 
     def note_arrival(self, compiled: bool = False) -> None:
         for slot in self.slots:
-            if isinstance(slot.want, Stats):  # of a gradient alone its own `deposit` tells
-                slot.note_arrival(compiled)
+            slot.note_arrival(compiled)
 
     def merge(self, parts: Mapping[str, Part], leaf: torch.Tensor | None = None) -> None:
         for slot, own in zip(self.slots, self._leaves, strict=True):
@@ -102,4 +101,4 @@ class Join(torch.autograd.Function):
 def _hand_over(op: str, slot: Slot, grad: torch.Tensor) -> torch.Tensor | None:
     if isinstance(slot.want, Stats):
         return grad if slot.want.grad else None  # the statistics came by `merge`
-    return slot.deposit(op, grad, None)
+    return slot.place(op, grad, None)

@@ -159,7 +159,7 @@ class Mish(HoldsPoints):
         x and the output: (...).
 
     Raises:
-        ValueError: `inplace` is True; where it was set later, in forward.
+        ValueError: `inplace` is True.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 32), ro.nn.Mish(), nn.Linear(32, 8))
@@ -168,21 +168,15 @@ class Mish(HoldsPoints):
     """
 
     op = find("mish")
-    inplace: bool
+    inplace = False
 
     def __init__(self, inplace: bool = False) -> None:
         super().__init__()
-        _check_inplace(inplace)
-        self.inplace = inplace
+        if inplace:
+            raise ValueError(
+                f"Mish: inplace is {inplace!r}; expected False: no op of retainops writes to its input, which backward "
+                "reads; leave it out"
+            )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        _check_inplace(getattr(self, "inplace", False))  # a module that was fused by a rule may have none
         return self.call(x)
-
-
-def _check_inplace(inplace: bool) -> None:
-    if inplace:
-        raise ValueError(
-            f"Mish: inplace is {inplace!r}; expected False: no op of retainops writes to its input, which backward "
-            "reads; leave it out"
-        )

@@ -27,6 +27,11 @@ class ClassLoss(HoldsPoints):
         self.ignore_index, self.reduction, self.label_smoothing, self.z_loss, self.softcap = options
         check_options(type(self).__name__, *self._options())
 
+    @property
+    def options(self) -> Options:
+        """Those of the op, as they are now."""
+        return self._options()
+
     def _options(self) -> Options:
         return Options(self.ignore_index, self.reduction, self.label_smoothing, self.z_loss, self.softcap)
 
@@ -123,12 +128,7 @@ class LinearCrossEntropyLoss(ClassLoss):
         super().__init__(weight, ignore_index, reduction, label_smoothing, z_loss, softcap)
         check_chunk(type(self).__name__, chunk)
         self.linear = nn.Linear(in_features, num_classes, bias, device=device, dtype=dtype)
-        self.chunk = chunk
-
-    @property
-    def num_classes(self) -> int:
-        """V, of the linear layer that is there."""
-        return self.linear.out_features
+        self.num_classes, self.chunk = num_classes, chunk
 
     def _options(self) -> Options:
         options: Any = super()._options()

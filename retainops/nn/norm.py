@@ -199,7 +199,8 @@ def _check_size(module: RMSNorm | LayerNorm, *inputs: torch.Tensor) -> None:
     """
     if module.weight is not None or not all(isinstance(x, torch.Tensor) for x in inputs):
         return  # the op refuses what does not go with the weight, and what is no tensor
-    (n,) = getattr(module, "normalized_shape", (None,))  # a module that a user's rule fused may not know
+    shape = getattr(module, "normalized_shape", None)  # a module that a user's rule fused may have none, or a number
+    n = shape[-1] if isinstance(shape, (tuple, list)) else shape
     if n is not None and max([x.shape[-1] if x.dim() else 1 for x in inputs]) != n:  # of a sum a size of 1 broadcasts
         named = zip(("x", "residual"), inputs, strict=False)
         given = " and ".join(f"{name} has shape {tuple(x.shape)}" for name, x in named)
