@@ -293,7 +293,7 @@ def _check_given(op: Callable[..., Any] | str, record: Op, inputs: tuple[Any, ..
     """Raise if an input without a default is missing, or none is a tensor, so that there is no path to speak of."""
     # Another name of an op has other defaults than the record knows.
     if not isinstance(op, str) or op == record.name:
-        call = op if callable(op) else record.call
+        call = op if callable(op) and not isinstance(op, torch.nn.Module) else record.call
         fused = getattr(call, "op", None) is record  # of those all parameters are inputs
         parameters = [p for p in inspect.signature(call).parameters.values() if p.name != "retain"]
         expected = [p for p in parameters if fused or p.kind is not p.KEYWORD_ONLY]

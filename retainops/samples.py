@@ -34,7 +34,7 @@ def per_sample_norms(kept: Slot | Retained) -> torch.Tensor | dict[str, torch.Te
 
     Raises:
         TypeError: `kept` is neither a slot nor a request.
-        ValueError: of a slot no l2 over rows was asked for, or its interior has no dim for samples.
+        ValueError: of a slot no l2 over rows (or queries) was asked for, or its interior has no dim for samples.
         RuntimeError: no gradient has come to it, of a request to any of its points, yet.
 
     Example:

@@ -255,7 +255,7 @@ def watch(
     Raises:
         TypeError: a want is no `Stats`, a sink is not callable, `every` is a bool, `start` is not the number of a step,
             or as of `ro.retain`.
-        ValueError: `every` or `on_nonfinite` makes no sense, or as of `ro.retain`.
+        ValueError: `every` or `on_nonfinite` makes no sense, `stats` is given beside a mapping, or as of `ro.retain`.
         KeyError: a pattern matches nothing.
 
     Example:

@@ -40,6 +40,15 @@ def test_the_points_of_an_op(path: Path, name: str, want: Any) -> None:
         assert in_backward_order(kept) == last_first
 
 
+@pytest.mark.parametrize("want", WANTS.values(), ids=WANTS)
+def test_the_points_of_an_op_that_are_broadcast(path: Path, want: Any) -> None:
+    """Their gradients are sums, which are done last."""
+    x, residual = (torch.randn(shape, device=path.device, requires_grad=True) for shape in ((8,), (5, 8)))
+    kept = ro.Retained(biased=want, dropped=want) if want else ro.Retained("biased", "dropped")
+    ro.bias_dropout_add(x, 0.5, residual, 0.0, retain=kept).sum().backward()
+    assert in_backward_order(kept) == ["dropped", "biased"]
+
+
 @pytest.mark.parametrize("wants", [(None, None), ("l2", "amax"), (None, "l2"), ("l2", None)], ids=str)
 def test_the_points_of_an_op_that_several_ask(path: Path, wants: tuple[str | None, str | None]) -> None:
     model, x = ro.nn.Softmax(), torch.randn(3, 4, device=path.device, requires_grad=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import math
 import weakref
 from collections.abc import Callable
 
@@ -192,7 +193,8 @@ def test_compiled_code_has_the_same_mask(path: Path, backend: str) -> None:
 def test_compiled_code_follows_a_p_that_changes(path: Path, dynamic: bool | None) -> None:
     torch._dynamo.reset()
     step = torch.compile(lambda x, seed, p: ro.bias_dropout_add(x, None, 0.0, p, seed), fullgraph=True, dynamic=dynamic)
-    x, near = torch.ones(7, 150, device=path.device), float.fromhex("0x1.0000010000001p-1")  # just above a multiple
+    x = torch.ones(7, 150, device=path.device)
+    near = math.nextafter(uniform_by_hand(SEED, 7), 1.0)  # just above a number that is drawn
     for p in (0.1, 0.3, 0.6, near, 0.9):
         y = step(x, seed_of(path.device), p)
         assert torch.equal(y.cpu() != 0, mask_by_hand(SEED, (7, 150), p))

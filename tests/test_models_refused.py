@@ -211,3 +211,11 @@ def test_retain_inside_vmap(module: nn.Module) -> None:
         torch.vmap(module)(x.detach())  # as any module that no gradient reaches
         module(x).sum().backward()
     assert next(iter(kept.values())).grad.shape == (2, 3)
+
+
+def test_a_name_matches_itself_whatever_is_in_it() -> None:
+    model, x = nn.ModuleDict({"a[0]": ro.nn.Point(), "b*": ro.nn.Point()}), torch.ones(3, requires_grad=True)
+    with ro.retain(model, ["a[0]", "b*"]) as kept:
+        (model["a[0]"](x) * model["b*"](x)).sum().backward()
+    assert list(kept) == ["a[0]", "b*"]
+    assert torch.equal(kept["a[0]"].grad, x)

@@ -36,6 +36,7 @@ SAME_ARGUMENTS = {
 def test_arguments_in_pytorchs_order(name: str) -> None:
     ours, theirs = (getattr(module, name)(*SAME_ARGUMENTS[name]) for module in (ro.nn, nn))
     theirs.load_state_dict(ours.state_dict())
+    assert [p.dtype for p in ours.parameters()] == [p.dtype for p in theirs.parameters()]
     x = drawn().double()
     torch.testing.assert_close(ours(x), theirs(x))
     for attribute in theirs.__constants__:
@@ -141,6 +142,8 @@ def test_a_sum_of_the_right_size() -> None:
             assert torch.equal(norm(*inputs)[1], x + column)
         with pytest.raises(TypeError, match="x is float; expected a torch.Tensor"):
             norm(1.0, x)
+    with pytest.raises(RuntimeError, match=r"x has shape \(\); expected \(\.\.\., 6\)"):
+        ro.nn.RMSNorm(D, elementwise_affine=False)(torch.ones(()))
 
 
 def test_the_eps_of_rms_norms() -> None:

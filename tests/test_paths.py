@@ -226,7 +226,9 @@ def test_explain_takes_calls_without_what_has_a_default(kernels: Path) -> None:
     for name, inputs in calls.items():
         assert "takes the Triton kernels" in ro.explain(name, *inputs), name
     assert "the Triton kernels" in ro.explain("attention", x, x, x)
-    assert "mul_sin takes the Triton kernels" in ro.explain(ro.siren, x)
+    for siren in (ro.siren, "siren"):  # whose w0 has a default
+        assert "mul_sin takes the Triton kernels" in ro.explain(siren, x)
+    assert "mish takes the Triton kernels" in ro.explain(ro.nn.Mish(), x)
 
 
 def test_explain_of_what_is_no_call() -> None:

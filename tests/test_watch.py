@@ -180,6 +180,16 @@ def test_an_evaluation_in_a_pause_is_in_no_step(every: int) -> None:
     assert not requests_in(model)
 
 
+def test_gradients_of_a_penalty_count() -> None:
+    model, x = make()
+    with ro.watch(model) as watcher:
+        y = model(x).sum()
+        torch.autograd.grad(y, list(model.parameters()), retain_graph=True)
+        y.backward()
+        watcher.step()
+    assert_read(watcher.latest[1], oracle(model, x, scale=2**0.5), ALL)
+
+
 def test_a_pause_that_a_step_ends_in() -> None:
     model, _ = make()
     with ro.watch(model, every=2) as watcher:

@@ -248,6 +248,17 @@ def test_lightning() -> None:
     assert asked == [i % 2 == 0 for i in range(5) for _ in "12"]
     assert watching.watcher is None
     assert not requests_in(model)
+    watching.load_state_dict({"batches": 3})  # those by hand
+    watching.on_train_start(trainer, module)  # goes on with its numbers
+    assert watching.watcher.number == 5
+    watching.on_validation_start(trainer, module)
+    watching.close()
+    watching.on_train_start(trainer, module)
+    watching.watcher.number = 6
+    watching.watcher.begin()
+    assert watching.watcher.asking
+    watching.close()
+    assert not requests_in(model)
 
 
 def test_lightning_stops_with_the_weights_as_they_were() -> None:

@@ -66,6 +66,7 @@ class WatchCallback(Callback):
 
         self.close()
         self._steps = trainer.global_step  # which counts those of each optimizer
+        # A new trainer counts from 0 again; a checkpoint may be of a run without this callback.
         self._batches = min(self._batches, self._steps) or self._steps
         start = self._steps if pl_module.automatic_optimization else self._batches
         self.watcher = watch(pl_module, *self._args, **{"to": to_loggers, **self._kwargs}, start=start)
@@ -102,7 +103,7 @@ class WatchCallback(Callback):
         return {"batches": self._batches}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._batches = state_dict["batches"]
+        self._batches = state_dict.get("batches", 0)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         self.close()

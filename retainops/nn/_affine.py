@@ -16,9 +16,9 @@ def make_weights(module: nn.Module, n: int, weight: bool, bias: bool, device: An
     reset_weights(module)
 
 
-def reset_weights(module: nn.Module) -> None:
+def reset_weights(module: Any) -> None:
     """Set the weight to 1 and the bias to 0."""
-    if isinstance(module.weight, nn.Parameter):
+    if module.weight is not None:
         nn.init.ones_(module.weight)
-    if isinstance(module.bias, nn.Parameter):
+    if module.bias is not None:
         nn.init.zeros_(module.bias)

@@ -15,13 +15,13 @@ from retainops.ops.cross_entropy import CROSS_ENTROPY
 from retainops.ops.linear_cross_entropy import LINEAR_CROSS_ENTROPY
 
 
-class ClassLoss(HoldsPoints):
+class _ClassLoss(HoldsPoints):
     """What both losses have: a weight for each class, and options, which each call reads, as in PyTorch's modules."""
 
     weight: torch.Tensor | None
     ignore_index: Any
 
-    def __init__(self, weight: torch.Tensor | None, *options: Any) -> None:
+    def __init__(self, weight: torch.Tensor | None, options: Options) -> None:
         super().__init__()
         self.register_buffer("weight", weight)
         self.ignore_index, self.reduction, self.label_smoothing, self.z_loss, self.softcap = options
@@ -41,7 +41,7 @@ class ClassLoss(HoldsPoints):
         return ", ".join(f"{name}={value!r}" for name, value, default in pairs if value != default)
 
 
-class CrossEntropyLoss(ClassLoss):
+class CrossEntropyLoss(_ClassLoss):
     """`ro.cross_entropy` in one kernel each way; its points are logits and p.
 
     As `torch.nn.CrossEntropyLoss` with class indices, state dict included; but classes are always the last dim.
@@ -74,13 +74,13 @@ class CrossEntropyLoss(ClassLoss):
         z_loss: float = 0.0,
         softcap: float | None = None,
     ) -> None:
-        super().__init__(weight, ignore_index, reduction, label_smoothing, z_loss, softcap)
+        super().__init__(weight, Options(ignore_index, reduction, label_smoothing, z_loss, softcap))
 
     def forward(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return self.call(logits, target, self.weight, *self._options())
 
 
-class LinearCrossEntropyLoss(ClassLoss):
+class LinearCrossEntropyLoss(_ClassLoss):
     """A linear layer and the cross entropy of its outputs, which never exist as a whole; its points are x and logits.
 
     As `torch.nn.LinearCrossEntropyLoss` with class indices, state dict included. To share the weight of an embedding,
@@ -125,7 +125,8 @@ class LinearCrossEntropyLoss(ClassLoss):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(weight, ignore_index, reduction, label_smoothing, z_loss, softcap)
+        ignored: Any = ignore_index
+        super().__init__(weight, Options(ignored, reduction, label_smoothing, z_loss, softcap))
         check_chunk(type(self).__name__, chunk)
         self.linear = nn.Linear(in_features, num_classes, bias, device=device, dtype=dtype)
         self.num_classes, self.chunk = num_classes, chunk

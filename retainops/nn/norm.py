@@ -202,8 +202,9 @@ def _check_size(module: RMSNorm | LayerNorm, *inputs: torch.Tensor) -> None:
     shape = getattr(module, "normalized_shape", None)  # a module that a user's rule fused may have none, or a number
     n = shape[-1] if isinstance(shape, (tuple, list)) else shape
     if n is not None and max([x.shape[-1] if x.dim() else 1 for x in inputs]) != n:  # of a sum a size of 1 broadcasts
-        named = zip(("x", "residual"), inputs, strict=False)
-        given = " and ".join(f"{name} has shape {tuple(x.shape)}" for name, x in named)
+        given = f"x has shape {tuple(inputs[0].shape)}"
+        if len(inputs) > 1:
+            given += f" and residual has shape {tuple(inputs[1].shape)}"
         raise RuntimeError(
             f"{type(module).__name__}: {given}; expected (..., {n}), since normalized_shape is {n}: move the dim to be "
             "normalised to the end with .movedim(), or make the module with its size"

@@ -93,7 +93,8 @@ def bias_dropout_add_reference(x: Any, bias: Any, residual: Any, p: float, seed:
 
 def _is_kept(numbers: Tensor, p: float) -> Tensor:
     if torch.compiler.is_compiling():  # a number that may change: Inductor keeps what math.ceil said of the first one
-        return numbers.double() >= p  # in float64 as at the next multiple of 2**-24
+        # In float64 as at the next multiple of 2**-24; there is none on Apple's devices.
+        return (numbers if numbers.device.type == "mps" else numbers.double()) >= p
     return numbers >= _threshold(p)
 
 
