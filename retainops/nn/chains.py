@@ -168,7 +168,7 @@ class Mish(HoldsPoints):
     """
 
     op = find("mish")
-    inplace = False
+    inplace: bool  # of each module: one that a rule fuses has its own
 
     def __init__(self, inplace: bool = False) -> None:
         super().__init__()
@@ -177,6 +177,7 @@ class Mish(HoldsPoints):
                 f"Mish: inplace is {inplace!r}; expected False: no op of retainops writes to its input, which backward "
                 "reads; leave it out"
             )
+        self.inplace = inplace
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.call(x)
