@@ -194,11 +194,11 @@ def sum_shares_kernel(A, B, SUM_A, SUM_B, SHAPE, DTYPE: tl.constexpr, BLOCK_M: t
     Shares lie in rows of SHAPE[-1], and there are SHAPE[-2] of them.
     """
     blocks = (SHAPE[-1] - 1) // BLOCK_N + 1
-    i = tl.program_id(0)
-    if B.ptr is None or i < blocks:
-        sum_columns(A, SUM_A, i * BLOCK_N, SHAPE, DTYPE, BLOCK_M, BLOCK_N)
+    column = tl.program_id(0) % blocks * BLOCK_N
+    if B.ptr is None or tl.program_id(0) < blocks:
+        sum_columns(A, SUM_A, column, SHAPE, DTYPE, BLOCK_M, BLOCK_N)
     else:
-        sum_columns(B, SUM_B, (i - blocks) * BLOCK_N, SHAPE, DTYPE, BLOCK_M, BLOCK_N)
+        sum_columns(B, SUM_B, column, SHAPE, DTYPE, BLOCK_M, BLOCK_N)
 
 
 @triton.jit

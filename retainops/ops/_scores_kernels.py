@@ -12,6 +12,7 @@ from retainops.kernels.attention_rows import delta_kernel, lse_kernel
 from retainops.ops._launch import on_device
 from retainops.ops._scores import Scores, Wanted
 from retainops.ops._scores_launch import (
+    LONGEST,
     ROWS,
     apart,
     arguments,
@@ -49,6 +50,8 @@ def refuses(scores: Scores, s: Wanted | None, p: Wanted | None) -> str | None:
         return "the mask is float64"
     if not scores.shape.numel() or not 0 < q.shape[-1] <= WIDEST or not 0 < v.shape[-1] <= WIDEST:
         return f"q, k and v are {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}; heads of 1 to {WIDEST} needed"
+    if max(scores.shape[2:]) > LONGEST:
+        return f"there are {scores.shape[2]} queries and {scores.shape[3]} keys; the kernels count to {LONGEST}"
     return None
 
 

@@ -13,8 +13,10 @@ from retainops.kernels.attention import Attention, Heads
 from retainops.ops._scores import Scores
 
 Tensor = torch.Tensor
+LONGEST = 2**29
+"""Queries or keys that the kernels take: what they count then stays in int32."""
 FAR = 2**30
-"""As good as no bound to a window: of queries and keys there are fewer."""
+"""As good as no bound to a window."""
 
 
 class Tiles(NamedTuple):

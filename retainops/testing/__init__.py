@@ -3,6 +3,7 @@
 simulated_gpu()    CPU tensors take the kernels' path; Triton's interpreter executes, with checks (layer 1)
 ptx                the compiled PTX itself, executed on CPU tensors (layer 2)
 static_report()    registers, spills, widths of accesses, from the machine code (layer 3)
+overflows()        integers of addresses that may overflow for some size of the tensors, from Triton's IR
 predict()          a roofline model's time (layer 4)
 check_op()         an op against eager PyTorch, its retain_grad(), and float64
 """
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from retainops.testing.check import check_op
     from retainops.testing.memory import KernelFault
+    from retainops.testing.overflow import overflows
     from retainops.testing.roofline import predict
     from retainops.testing.simulated import simulated_gpu
     from retainops.testing.static import static_report
@@ -22,12 +24,13 @@ if TYPE_CHECKING:
 _HOMES = {
     "KernelFault": "memory",
     "check_op": "check",
+    "overflows": "overflow",
     "predict": "roofline",
     "simulated_gpu": "simulated",
     "static_report": "static",
 }
 
-__all__ = ["KernelFault", "check_op", "predict", "simulated_gpu", "static_report"]
+__all__ = ["KernelFault", "check_op", "overflows", "predict", "simulated_gpu", "static_report"]
 
 
 def __getattr__(name: str) -> Any:

@@ -13,6 +13,7 @@ from typing import Any
 
 import triton
 from triton._C.libtriton import ir
+from triton.compiler.compiler import make_backend
 from triton.runtime.jit import JITFunction
 
 
@@ -21,8 +22,9 @@ class Translated:
 
     function = packed_metadata = None
 
-    def __init__(self, src: Any, name: str) -> None:
+    def __init__(self, src: Any, options: Any, name: str) -> None:
         self.src: Any = src
+        self.options = options
         self.asm: dict[str, Any] = {}
         self.metadata = SimpleNamespace(name=name)
 
@@ -42,13 +44,27 @@ def _translate(
 ) -> Translated:
     kernels, _, target, backend, _ = fn.device_caches[device]
     src = fn.ASTSource(fn, signature, constexprs, attrs)
+    kernels[key] = Translated(src, options, _module(src, target, backend, options)[0].get_entry_func_name())
+    return kernels[key]
+
+
+def _module(src: Any, target: Any, backend: Any, options: Any) -> tuple[Any, Any]:
+    """What the front end makes of a kernel, and the context without which it is gone."""
     context = ir.context()
     ir.load_dialects(context)
     backend.load_dialects(context)
     codegen, modules = backend.get_codegen_implementation(options), backend.get_module_map()
-    module = src.make_ir(target, options, codegen, modules, context)
-    kernels[key] = Translated(src, module.get_entry_func_name())
-    return kernels[key]
+    return src.make_ir(target, options, codegen, modules, context), context
+
+
+def ttir(kernel: Translated) -> str:
+    """The IR of a translated kernel, calls inlined and constants folded, by the driver that is active."""
+    target = triton.runtime.driver.active.get_current_target()
+    backend = make_backend(target)
+    stages: dict[str, Any] = {}
+    backend.add_stages(stages, kernel.options, kernel.src.language)
+    module, _context = _module(kernel.src, target, backend, kernel.options)
+    return str(stages["ttir"](module, {}))
 
 
 _compile = JITFunction._do_compile

@@ -1,0 +1,170 @@
+"""overflows(): what may wrap is found where it steers memory, whatever the arguments; and nothing that may not."""
+
+from __future__ import annotations
+
+import operator
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from retainops.testing import overflows, ranges
+from retainops.testing.ttir import Operation
+
+FIRST_LINE = "    i = (tl.program_id(0).to(tl.int64) if WIDE else tl.program_id(0)) * BLOCK + tl.arange(0, BLOCK)"
+X, Y = torch.zeros(4096), torch.zeros(4096)
+
+
+@triton.jit
+def double_kernel(X, Y, n, WIDE: tl.constexpr, MASKED_WIDE: tl.constexpr, BLOCK: tl.constexpr):
+    i = (tl.program_id(0).to(tl.int64) if WIDE else tl.program_id(0)) * BLOCK + tl.arange(0, BLOCK)
+    j = (tl.program_id(0).to(tl.int64) if MASKED_WIDE else tl.program_id(0)) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(Y + i, 2 * tl.load(X + i, mask=j < n, other=0.0), mask=j < n)
+
+
+@triton.jit
+def step_over_kernel(X, Y, n, BLOCK: tl.constexpr):
+    total = tl.zeros((BLOCK,), tl.float32)
+    for i in range(0, n, BLOCK):
+        at = i + tl.arange(0, BLOCK)
+        total += tl.load(X + at, mask=at < n, other=0.0)
+    tl.store(Y + tl.arange(0, BLOCK), total)
+
+
+@triton.jit
+def count_up_kernel(X, Y, n, BLOCK: tl.constexpr):
+    i = 0
+    while i < n:
+        at = i + tl.arange(0, BLOCK)
+        tl.store(Y + at, tl.load(X + at, mask=at < n, other=0.0), mask=at < n)
+        i += BLOCK
+
+
+@triton.jit
+def carry_kernel(X, Y, n, KEEPS: tl.constexpr, BLOCK: tl.constexpr):
+    at = 0
+    for i in range(0, n, BLOCK):
+        tl.store(Y + at + tl.arange(0, BLOCK), 0.0)
+        at = i % 64 if KEEPS else at + BLOCK
+
+
+@triton.jit
+def hash_kernel(X, Y, n, BLOCK: tl.constexpr):
+    """Wraps on purpose, in what is stored and not in where."""
+    i = tl.arange(0, BLOCK)
+    tl.store(Y + i, ((i + n) * 1000003 ^ n * 7919).to(tl.float32), mask=i < n)
+
+
+@triton.jit
+def cut_kernel(X, Y, n, m, BLOCK: tl.constexpr):
+    """Of a grid of blocks: a product that fits, as a block's number is less than the number of blocks."""
+    blocks = (n - 1) // BLOCK + 1
+    if tl.program_id(0) < m:
+        first = tl.minimum(tl.program_id(0) % blocks, blocks >> 1) * BLOCK
+    else:
+        first = tl.maximum(tl.where(m > n, 0, tl.program_id(0) & 15), 3) << 4
+    at = first + tl.arange(0, BLOCK)
+    tl.store(Y + at, tl.load(X + at, mask=at < n, other=0.0), mask=at < n)
+
+
+@triton.jit
+def strided_kernel(X, Y, n, strides, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    tl.store(Y + at * strides[1], tl.load(X + at * strides[0], mask=at < n, other=0.0), mask=at < n)
+
+
+def found(kernel, *args, **options) -> list[tuple[str, str]]:
+    bounds = options.pop("bounds", None)
+    of = overflows(lambda: kernel[(1,)](X, Y, *args, **options, BLOCK=128), bounds=bounds)
+    return [(each.operation, each.lines[0].split("/")[-1]) for each in of]
+
+
+def test_a_product_in_an_address_or_in_a_mask() -> None:
+    assert found(double_kernel, 4096, WIDE=True, MASKED_WIDE=True) == []
+    for wide, masked_wide in ((False, True), (True, False)):
+        operations = {operation for operation, _ in found(double_kernel, 4096, WIDE=wide, MASKED_WIDE=masked_wide)}
+        assert operations == {"arith.muli", "arith.addi"}
+
+
+def test_what_it_says() -> None:
+    report = overflows(lambda: double_kernel[(1,)](X, Y, 4096, WIDE=False, MASKED_WIDE=True, BLOCK=128))
+    at = 1 + Path(__file__).read_text().splitlines().index(FIRST_LINE)
+    said = f"double_kernel: arith.muli of int32 may reach {(2**31 - 2) * 128}, at testing/test_overflow.py:{at}"
+    assert said in map(str, report)
+
+
+def test_sizes_that_are_int64_to_triton() -> None:
+    assert found(double_kernel, 2**31 + 5, WIDE=True, MASKED_WIDE=True) == []
+
+
+def test_bounds() -> None:
+    one = {"WIDE": False, "MASKED_WIDE": False}
+    assert found(double_kernel, 4096, **one, bounds={"program_id": (0, 2**24 - 1)}) == []
+    assert found(double_kernel, 4096, **one, bounds={"program_id": (0, 2**24)}) != []
+    assert found(strided_kernel, 100, (2, 3)) != []
+    assert found(strided_kernel, 100, (2, 3), bounds={"strides.*": (0, 2**23)}) == []
+    assert found(strided_kernel, 100, (2, 3), bounds={"strides.*": (0, 2**23), "strides.1": (0, 2**25)}) != []
+
+
+def test_loops() -> None:
+    assert found(step_over_kernel, 4000) == []
+    assert {operation for operation, _ in found(step_over_kernel, 4000, bounds={"n": (0, 2**31 - 1)})} == {
+        "scf.for",
+        "arith.addi",
+    }
+    assert found(carry_kernel, 4000, KEEPS=True) == []
+    assert found(carry_kernel, 4000, KEEPS=False) != []
+    assert found(count_up_kernel, 4000) != []  # what a `while` carries is not followed
+
+
+def test_what_may_not_and_what_steers_nothing() -> None:
+    assert found(cut_kernel, 4000, 7) == []
+    assert found(hash_kernel, 4000) == []
+
+
+def test_mistakes() -> None:
+    def call(n: int) -> None:
+        double_kernel[(1,)](X, Y, n, WIDE=True, MASKED_WIDE=True, BLOCK=128)
+
+    with pytest.raises(ValueError, match=r"double_kernel got n = -5, taken to be from 0 to 2147418112; pass bounds="):
+        overflows(lambda: call(-5))
+    with pytest.raises(ValueError, match="the call launched no kernel"):
+        overflows(lambda: None)
+    with pytest.raises(ValueError, match="unknown target"):
+        overflows(lambda: call(5), target="sm_1")
+
+
+RULES = {
+    "arith.addi": operator.add,
+    "arith.subi": operator.sub,
+    "arith.muli": operator.mul,
+    "arith.divsi": lambda a, b: int(a / b) if b else None,
+    "arith.remsi": lambda a, b: a - int(a / b) * b if b else None,
+    "arith.minsi": min,
+    "arith.maxsi": max,
+    "arith.andi": operator.and_,
+    "arith.shli": lambda a, b: a << b if b >= 0 else None,
+    "arith.shrsi": lambda a, b: a >> b if b >= 0 else None,
+    "arith.select": lambda a, b: a,
+    "tt.broadcast": lambda a, b: b,
+}
+SPAN = st.tuples(st.integers(-20, 20), st.integers(0, 9)).map(lambda x: (x[0], x[0] + x[1]))
+
+
+@pytest.mark.parametrize("name", RULES)
+@settings(deadline=None, derandomize=True)
+@given(a=SPAN, b=SPAN)
+def test_no_rule_leaves_a_value_out(name: str, a: ranges.Range, b: ranges.Range) -> None:
+    op = Operation(name, [], [], [], "", "")
+    operands = ((0, 1), a, b) if name == "arith.select" else (a, b)
+    allowed = ranges._RULES[name](op, *operands)
+    every = [RULES[name](x, y) for x, y in product(range(a[0], a[1] + 1), range(b[0], b[1] + 1))]
+    every = [x for x in every if x is not None]
+    if allowed is not None and every:
+        assert allowed[0] <= min(every)
+        assert max(every) <= allowed[1]
