@@ -45,7 +45,8 @@ class Tap(torch.autograd.Function):
             return None, None, None, None, None
         saved = ctx.saved_tensors  # once: a checkpoint refuses to unpack a second time
         value = saved[0] if saved else None
-        return grad, ctx.slot.deposit(ctx.op, grad, value, ctx.leaf), None, None, None
+        onwards = ctx.slot.apart(grad)
+        return onwards, ctx.slot.deposit(ctx.op, grad, value, ctx.leaf), None, None, None
 
     @staticmethod
     def jvp(ctx: Any, x_t: torch.Tensor, *_: Any) -> torch.Tensor:
@@ -207,14 +208,26 @@ def no_grad(op: str, name: str, of: str = "") -> RuntimeError:
 
 def check_not_recorded(op: str, name: str) -> None:
     """Raise where a call is recorded as a program, which has no slots: it would answer nothing."""
-    # What torch.compiler.is_exporting() returns; that call, in code which torch 2.11 compiles, is always True.
-    exports = torch.compiler._is_exporting_flag
-    if exports or (not torch.compiler.is_compiling() and torch.jit.is_tracing()):
+    recorder = _recorder()
+    if recorder is not None:
         raise RuntimeError(
-            f"{op}: point '{name}' was asked for while {'torch.export' if exports else 'torch.jit'} records this call, "
-            "and the program that it makes answers no request; leave out retain=, or leave the `with` of ro.retain "
-            "first (inside torch.compile a request is answered)"
+            f"{op}: point '{name}' was asked for while {recorder} records this call, and the program that it makes "
+            "answers no request; leave out retain=, or leave the `with` of ro.retain first (inside torch.compile a "
+            "request is answered)"
         )
+
+
+def _recorder() -> str | None:
+    """What records this call as a program and knows nothing of slots; None: nothing, or torch.compile's Dynamo."""
+    # What torch.compiler.is_exporting() returns; that call, in code which torch 2.11 compiles, is always True.
+    if torch.compiler._is_exporting_flag:
+        return "torch.export"
+    if torch.compiler.is_compiling():
+        return None if torch.compiler.is_dynamo_compiling() else "AOTAutograd (allow_in_graph, nonstrict_trace)"
+    if torch.jit.is_tracing():
+        return "torch.jit"
+    functional = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FUNCTIONAL)
+    return None if functional is None else "AOTAutograd"
 
 
 def check_no_transform(op: str) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from retainops.arrivals import Arrival, noted
-from retainops.buffers import Into
+from retainops.buffers import Into, share_memory
 from retainops.delivery import Addressee
 from retainops.part import Part
 from retainops.relevance import KINDS, Relevance
@@ -168,11 +168,18 @@ class Slot(Addressee):
             return self._bind(op, shape, dtype, device)
 
     def _bind(self, op: str, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        leaf = self._leaf
-        if leaf is not None and (leaf.shape, leaf.dtype, leaf.device) == (shape, dtype, device):
+        leaf, fakes = self._leaf, _makes_fakes()
+        alike = leaf is not None and (type(leaf) is torch.Tensor) != fakes
+        if leaf is not None and alike and (leaf.shape, leaf.dtype, leaf.device) == (shape, dtype, device):
             self._may_rebind = False
             return leaf
         if leaf is not None and not self._may_rebind:
+            if not alike:
+                raise RuntimeError(
+                    f"{op}: point '{self.name}' is {'of' if fakes else 'outside of'} a FakeTensorMode here, and its "
+                    f"slot was used {'outside of it' if fakes else 'inside one'}; call reset() on it between the two, "
+                    "or use one Retained for each"
+                )
             if not self._adds_up(leaf, shape, dtype, device):
                 alike = (leaf.dtype, leaf.device) == (dtype, device)
                 any_shape = ", or ask for statistics of the whole tensor alone, which take any shape" if alike else ""
@@ -248,6 +255,13 @@ class Slot(Addressee):
             # No graph is kept through statistics, and what create_graph gave is not theirs to hold.
             alone = {name: part.detach() if isinstance(part, torch.Tensor) else part for name, part in parts.items()}
             self._parts = merge(self.name, self._parts, alone)
+
+    def apart(self, grad: torch.Tensor) -> torch.Tensor:
+        """A gradient that goes on to others, as it is now: an `Into` buffer that is this very tensor will change."""
+        buffer = self.want.buffer if isinstance(self.want, Into) else None
+        if buffer is None or not torch._C._has_storage(grad) or not share_memory(grad, buffer):
+            return grad
+        return grad.clone()
 
     def deposit(
         self, op: str, grad: torch.Tensor, value: torch.Tensor | None, leaf: torch.Tensor | None = None
@@ -325,6 +339,12 @@ class Slot(Addressee):
         dtype = "" if self.dtype is None else str(self.dtype).removeprefix("torch.")
         state = "grad" if self.want is None else repr(self.want)
         return self.name, shape, dtype, state if filled else f"no {state} yet"
+
+
+def _makes_fakes() -> bool:
+    """Whether a FakeTensorMode is active, whose tensors have no values."""
+    key = torch._C._TorchDispatchModeKey.FAKE
+    return bool(torch._C._len_torch_dispatch_stack()) and torch._C._get_dispatch_mode(key) is not None
 
 
 @functools.cache

@@ -62,6 +62,11 @@ class Joined(Slot):
         self._leaf = Join.apply(self.slots, op, *self._leaves)
         return self._leaf
 
+    def apart(self, grad: torch.Tensor) -> torch.Tensor:
+        for slot in self.slots:
+            grad = slot.apart(grad)
+        return grad
+
     def note_arrival(self, compiled: bool = False) -> None:
         for slot in self.slots:
             slot.note_arrival(compiled)

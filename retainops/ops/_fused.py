@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from retainops import dispatch, registry
 from retainops.dispatch import HAS_TRITON
@@ -78,7 +80,9 @@ class Fused(torch.autograd.Function):
             return none + (None,) * len(needs)
         needed, wanted = needs[: ctx.count], needs[ctx.count :]
         leaves = ctx.leaves and {p.name: ctx.leaves[p.name] for p, want in zip(op.points, wanted, strict=True) if want}
-        if not kernels_can(*dys, readable=getattr(ctx.kernels, "reads", dispatch.plain)):
+        # Hooks on saved tensors may give back anything of equal values: the inputs are asked, too.
+        tensors = [x for x in inputs if isinstance(x, torch.Tensor)]
+        if not kernels_can(*dys, *tensors, readable=getattr(ctx.kernels, "reads", dispatch.plain)):
             with autocast_as(ctx.layout):  # whatever is in force around this backward
                 by_reference = getattr(ctx.kernels, "through_reference", through_reference)
                 return *none, *by_reference(op, inputs[: ctx.count], needed, ctx.slots, ctx.leaves, dys)
@@ -123,9 +127,9 @@ def launch(op: Op, kernels: Kernels, inputs: tuple[Any, ...], slots: Mapping[str
     return tuple(y.detach() if y.requires_grad and not reached.get(name, True) else y for y, name in pairs)
 
 
-def kernels_can(*dys: torch.Tensor | None, readable: Callable[[torch.Tensor], bool] = dispatch.plain) -> bool:
-    """Whether a fused backward may run: not for create_graph, batched gradients, or a gradient it cannot read."""
-    return all(dy is None or readable(dy) for dy in dys) and not torch.is_grad_enabled() and dispatch.ambient() is None
+def kernels_can(*read: torch.Tensor | None, readable: Callable[[torch.Tensor], bool] = dispatch.plain) -> bool:
+    """Whether a fused backward may run: not for create_graph, batched gradients, or a tensor that it cannot read."""
+    return all(x is None or readable(x) for x in read) and not torch.is_grad_enabled() and dispatch.ambient() is None
 
 
 def through_reference(
@@ -147,12 +151,13 @@ def through_reference(
     """
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        # A view for each use: mul_sin(a, a) has two gradients to return, not their sum twice.
-        whole = [x.zeros() if isinstance(x, Unread) else x for x in inputs]
-        own = [_own_view(x, create_graph) if need else x for x, need in zip(whole, needed, strict=True)]
-        # Of the leaves, too: through an output that was kept in the place of an input, this very node leads to them.
-        views = {name: leaf.view_as(leaf) for name, leaf in leaves.items()}
-        outputs = several(op.reference(*own, reader(op.name, slots, leaves, views)))
+        with outside_transforms():
+            # A view for each use: mul_sin(a, a) has two gradients to return, not their sum twice.
+            whole = [x.zeros() if isinstance(x, Unread) else x for x in inputs]
+            own = [_own_view(x, create_graph) if need else x for x, need in zip(whole, needed, strict=True)]
+            # Of the leaves, too: this very node leads to them where an output was kept in the place of an input.
+            views = {name: leaf.view_as(leaf) for name, leaf in leaves.items()}
+            outputs = several(op.reference(*own, reader(op.name, slots, leaves, views)))
         arrived = [(y, dy) for y, dy in zip(outputs, dys, strict=True) if dy is not None and y.requires_grad]
         wanted = [x for x, need in zip(own, needed, strict=True) if need] + list(views.values())
         y, dy = zip(*arrived, strict=True)
@@ -160,6 +165,16 @@ def through_reference(
     grads = [next(found) if need else None for need in needed]
     of_slots = {name: next(found) for name in leaves}
     return grads + [of_slots.get(p.name) for p in op.points]
+
+
+def outside_transforms() -> contextlib.AbstractContextManager[object]:
+    """Outside of torch.func's transforms, to whose levels nothing belongs that a forward before them has saved.
+
+    torch.vmap over torch.autograd.grad is one around a backward alone.
+    """
+    if torch._C._functorch.peek_interpreter_stack() is None:
+        return contextlib.nullcontext()
+    return temporarily_clear_interpreter_stack()
 
 
 def _own_view(x: torch.Tensor, create_graph: bool) -> torch.Tensor:

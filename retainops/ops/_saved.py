@@ -46,9 +46,21 @@ def saved(ctx: Any, kept: Sequence[Any]) -> list[Any]:
     """
     tensors = [x if isinstance(x, torch.Tensor) else None for x in kept]
     ctx.save_for_backward(*tensors)
+    ctx.shapes = [None if t is None else t.shape for t in tensors]
     return [x if t is None else None for t, x in zip(tensors, kept, strict=True)]
 
 
 def restored(ctx: Any) -> list[Any]:
-    """The inputs that `saved` kept, in their places."""
-    return [x if other is None else other for x, other in zip(ctx.saved_tensors, ctx.others, strict=True)]
+    """The inputs that `saved` kept, in their places.
+
+    Raises:
+        RuntimeError: a hook on saved tensors gave back another shape: a kernel would read what is not there.
+    """
+    tensors = ctx.saved_tensors
+    for x, shape in zip(tensors, ctx.shapes, strict=True):
+        if x is not None and x.shape != shape:
+            raise RuntimeError(
+                f"{ctx.op.name}: a tensor of shape {tuple(shape)} was saved for backward, and {tuple(x.shape)} came "
+                "back; let the unpack hook of saved_tensors_hooks return the shape that it was given"
+            )
+    return [x if other is None else other for x, other in zip(tensors, ctx.others, strict=True)]
