@@ -2,7 +2,7 @@
 
     s = cap * tanh(scale * q k^T / cap) + mask     what enters the softmax; without a cap: scale * q k^T + mask
     p = exp(s - lse)                               lse: the logarithm of the sum of exp(s) over a row
-      = exp((s - top) - lse)                       with a mask that is added: lse is that of s - top, the row's maximum
+      = exp((s - top) - lse)                       with an added mask, and in float32: lse is that of s - top, a maximum
     dp = do v^T
     ds = p * (dp - delta)                          delta: the sum of do * o over a row, which is that of p * dp
 

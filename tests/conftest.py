@@ -42,6 +42,12 @@ class Path:
 
 
 @pytest.fixture(autouse=True)
+def the_same_numbers() -> None:
+    """What a test draws without a generator of its own is the same at every run, and in any order of tests."""
+    torch.manual_seed(20)
+
+
+@pytest.fixture(autouse=True)
 def nothing_prepared() -> None:
     """Each test prepares its own launches: some change what tiles depend on."""
     if HAS_TRITON and "retainops.ops._launch" in sys.modules:

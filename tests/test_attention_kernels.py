@@ -158,7 +158,8 @@ def test_lse_and_delta_may_be_given_made_or_made_of_tiles() -> None:
     values = run.truth["value of s"]
     lse = torch.where(values.isneginf().all(-1), 0.0, values.logsumexp(-1))
     delta = (run.truth["value of p"] * run.truth["p"]).sum(-1)
-    torch.testing.assert_close(kernels.with_lse(run.scores).lse.double(), lse, rtol=0, atol=1e-6)
+    made = kernels.with_lse(run.scores)  # of s - top
+    torch.testing.assert_close(made.lse.double() + made.top, lse, rtol=0, atol=1e-6)
     given = run.scores._replace(lse=lse.float())
     for scores in (given, given._replace(o=None)):
         torch.testing.assert_close(kernels.delta_of(scores).double(), delta, rtol=0, atol=1e-5)
@@ -177,7 +178,7 @@ def test_picked_queries_and_keys(name: str) -> None:
     queries, keys = torch.tensor([n - 1, 0, *range(3, 40)]), torch.tensor([*range(20), m - 1, m - 2])
     scores = kernels.with_lse(scores)
     scores = scores._replace(delta=kernels.delta_of(scores), o=None)
-    of_queries = {name: getattr(scores, name)[:, :, queries] for name in ("q", "do", "lse", "delta")}
+    of_queries = {name: getattr(scores, name)[:, :, queries] for name in ("q", "do", "lse", "delta", "top")}
     mask = scores.mask
     for of_keys, at in (({}, slice(None)), ({x: getattr(scores, x)[:, :, keys] for x in ("k", "v")}, keys)):
         of_mask = None if mask is None else mask[queries][:, at]

@@ -167,9 +167,9 @@ def call(
     if given.reduction == "none":
         return loss.to(to)
     if given.reduction == "sum":
-        return reduced(loss, None, 0.0).to(to)
+        return reduced(loss, None, given).to(to)
     share, *_ = shares(target, class_weight, given.ignore_index, shape[-1], loss.dtype)
-    return reduced(loss, share.sum(), given.label_smoothing).to(to)
+    return reduced(loss, share.sum(), given).to(to)
 
 
 def _product_dtype(x: Tensor) -> torch.dtype:

@@ -45,8 +45,8 @@ class Options(NamedTuple):
 class Rows(NamedTuple):
     """What forward leaves of each row, (..., 1): its loss, and what backward needs: maximum, log-sum and weight.
 
-    While logits come block by block, these hold what is known so far: the sum of the weighted logits, their maximum m,
-    the sum of exp(z - m), and z of the target.
+    While logits come block by block, these hold what is known so far: the sum of the weighted logits, less `Loss.base`,
+    their maximum m, the sum of exp(z - m), and z of the target.
     """
 
     loss: Tensor
@@ -72,6 +72,8 @@ class Loss(NamedTuple):
         weights: the sum of the weights of all classes.
         classes: how many there are in all.
         first: the first class in hand.
+        base: of rows that come block by block and are smoothed: a number near each row's logits, the maximum of its
+            first block. What is large in all of them would cancel.
     """
 
     target: Tensor
@@ -81,6 +83,7 @@ class Loss(NamedTuple):
     weights: Tensor | float
     classes: int
     first: int = 0
+    base: Tensor | None = None
 
     @staticmethod
     def of(target: Tensor, weight: Tensor | None, options: Options, classes: int, rows: Rows) -> Loss:
@@ -94,7 +97,8 @@ class Loss(NamedTuple):
         """That of some rows, some of whose classes are in hand."""
         weight = None if self.weight is None else self.weight[columns]
         part = Rows(*(row[rows] for row in self.rows))
-        return self._replace(target=self.target[rows], weight=weight, rows=part, first=columns.start)
+        base = None if self.base is None else self.base[rows]
+        return self._replace(target=self.target[rows], weight=weight, rows=part, first=columns.start, base=base)
 
     def operands(self) -> tuple[Any, ...]:
         """What the kernels take between the logits and the rows."""
@@ -123,7 +127,7 @@ def rows_forward(logits: Tensor, loss: Loss, whole: bool = True) -> None:
         kernels.cross_entropy_fwd_kernel,
         logits.shape,
         held,
-        *(logits, *loss.operands(), *loss.rows),
+        *(logits, *loss.operands(), *loss.rows, loss.base),
         walked=tiling.walk,
         programs=row_tiles,
         WHOLE=covers,
@@ -164,7 +168,7 @@ def reduce(rows: Rows, y: Tensor, given: Options) -> Tensor | None:
     count = rows.loss.numel()
     if not 0 < count <= MOST_ROWS:
         divisor = rows.share.sum() if mean else None
-        y.copy_(reduced(rows.loss, divisor, given.label_smoothing))
+        y.copy_(reduced(rows.loss, divisor, given))
         return divisor
     divisor = rows.share.new_empty(()) if mean else None
     losses, shares = rows.loss.view(-1), rows.share.view(-1) if mean else None
@@ -175,7 +179,7 @@ def reduce(rows: Rows, y: Tensor, given: Options) -> Tensor | None:
         *(losses, shares, y, divisor),
         walked=_in_one,
         programs=lambda _: 1,
-        SMOOTHED=bool(given.label_smoothing),
+        SUMS=has_parts(given),
     )
     return divisor
 
@@ -186,13 +190,17 @@ def _in_one(shape: torch.Size, tensors: Sequence[Tensor], *_: Sequence[torch.Siz
     return Walk((1, n), ((), (0,)), (1, min(power_of_2(n), 1 << 13)), 16, (1,))
 
 
-def reduced(loss: Tensor, divisor: Tensor | None, smoothing: float) -> Tensor:
+def reduced(loss: Tensor, divisor: Tensor | None, given: Options) -> Tensor:
     """The sum of the rows' losses, or their mean by a divisor."""
     if divisor is None:
         return loss.sum()
     mean = loss.sum() / divisor
-    # By 0 it is NaN: eager PyTorch adds the part that is smoothed to the mean of the likelihoods, 0 / 0.
-    return mean + 0 / divisor if smoothing else mean
+    return mean + 0 / divisor if has_parts(given) else mean
+
+
+def has_parts(given: Options) -> bool:
+    """Whether a loss is a sum. A mean by 0 is NaN then: eager code adds the rest to that of likelihoods, 0 / 0."""
+    return bool(given.label_smoothing or given.z_loss)
 
 
 def row_gradient(dy: Tensor, given: Options, divisor: Tensor | None, like: Tensor) -> Tensor:

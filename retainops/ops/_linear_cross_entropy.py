@@ -43,7 +43,7 @@ class LinearCrossEntropy:
         if loss.options.reduction == "none":
             return rows.loss.view(y.shape).to(y.dtype, copy=True), *rows[1:], None, dtype
         divisor = rows.share.sum() if loss.options.reduction == "mean" else None
-        return reduced(rows.loss, divisor, loss.options.label_smoothing).to(y.dtype), *rows[1:], divisor, dtype
+        return reduced(rows.loss, divisor, loss.options).to(y.dtype), *rows[1:], divisor, dtype
 
     def backward(
         self,

@@ -72,12 +72,16 @@ def answer(scores: Scores, s: Wanted | None, p: Wanted | None) -> tuple[Parts, P
 
 
 def with_lse(scores: Scores) -> Scores:
-    """With lse and top, (B, H, Nq), dense, in float32; made if lse is not given. Only an added mask takes a top."""
+    """With lse and top, (B, H, Nq), dense, in float32; made if lse is not given.
+
+    exp(s - lse) is off by as much as float32 has of room beside lse: below what 16 bits are rounded to, unless a mask
+    is added. Elsewhere lse is that of s - top, and exp((s - top) - lse) is exact to a few units in the last place.
+    """
     if scores.lse is not None:
         lse, top = (None if x is None else x.to(torch.float32).contiguous() for x in (scores.lse, scores.top))
         return scores._replace(lse=lse, top=top)
     added = scores.mask is not None and scores.mask.dtype != torch.bool
-    top = numbers(scores, scores.q.shape[:-1]) if added else None
+    top = numbers(scores, scores.q.shape[:-1]) if added or scores.q.dtype == torch.float32 else None
     lse, tiles = numbers(scores, scores.q.shape[:-1]), tiles_of(scores, "lse")
     constants = constants_of(scores, tiles, True, SKIPS=is_bounded(scores))
     del constants["DV"], constants["CHUNKS_V"]

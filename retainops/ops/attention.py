@@ -134,9 +134,9 @@ def attention_of(inputs: tuple[Any, ...], requests: Sequence[Any]) -> Tensor:
         validate(inputs)
         o = tiled(ATTENTION, inputs, product_dtype(tensors[0]))
     kernels = of_scores and not compiling and on_kernels(inputs)
-    # A mask that is added may leave it no room for the logarithm of the sum.
+    # An added mask may leave it no room for the logarithm of the sum; in float32 the scores' maximum alone does not.
     added = tensors[3] is not None and tensors[3].dtype != torch.bool
-    lse = lse_of(o) if kernels and not added else None
+    lse = lse_of(o) if kernels and not added and o.dtype != torch.float32 else None
     if of_scores and not compiling:
         o = listen(ATTENTION, call, o, tensors, each, kernels, lse)
     for slots in each:

@@ -128,7 +128,7 @@ def loss_reference(z: Tensor, target: Tensor, weight: Tensor | None, given: Opti
         loss = loss + given.z_loss * torch.where(kept, torch.logsumexp(z, -1).square(), 0)
     if given.reduction == "none":
         return loss.to(dtype)
-    return reduced(loss, share.sum() if given.reduction == "mean" else None, given.label_smoothing).to(dtype)
+    return reduced(loss, share.sum() if given.reduction == "mean" else None, given).to(dtype)
 
 
 def loss_dtype(logits: torch.dtype, device: torch.device) -> torch.dtype:

@@ -12,7 +12,7 @@ from retainops.ops import _fused
 from retainops.ops._check import refuses_dtypes
 from retainops.ops._check_group_norm import check_group_norm
 from retainops.ops._group_norm import GroupNorm
-from retainops.ops.norm import around_mean
+from retainops.ops.norm import around_mean, rsqrt
 from retainops.registry import Point, PointInfo
 from retainops.retained import Retained
 
@@ -66,7 +66,7 @@ def group_norm_reference(x: Any, num_groups: int, weight: Any, bias: Any, eps: f
     held = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(1, (num_groups, -1))
     group = list(range(2, held.dim()))
     centred, square = around_mean(held, lambda x: x.mean(group, keepdim=True))
-    y = point("xhat", (centred * torch.rsqrt(square + eps)).flatten(1, 2))
+    y = point("xhat", (centred * rsqrt(square + eps)).flatten(1, 2))
     each = (x.shape[1], *(1 for _ in x.shape[2:]))
     if weight is not None:
         y = y * weight.to(y.dtype).view(each)

@@ -164,18 +164,20 @@ def eps_of(x: Tensor) -> float:
 def rms_norm_reference(x: Any, weight: Any, eps: float, offset: float, round_first: bool, point: Point) -> Tensor:
     """The definition."""
     held = _held(x)
-    xhat = point("xhat", held * torch.rsqrt(_mean(held * held) + eps))
+    xhat = point("xhat", held * rsqrt(_mean(held * held) + eps))
     y = point("y", xhat.to(x.dtype) if round_first else xhat)
     if weight is None:
         return y.to(x.dtype)
-    return y * (weight + offset) if round_first else (y * (weight.to(held.dtype) + offset)).to(x.dtype)
+    # In float32 in either case, where 1 + a small weight has room.
+    y_dtype = torch.promote_types(x.dtype, weight.dtype) if round_first else x.dtype
+    return (y * (weight.to(torch.promote_types(held.dtype, weight.dtype)) + offset)).to(y_dtype)
 
 
 def layer_norm_reference(x: Any, weight: Any, bias: Any, eps: float, point: Point) -> Tensor:
     """The definition."""
     centred, square = around_mean(_held(x), _mean)
     held = centred.dtype
-    y = point("xhat", centred * torch.rsqrt(square + eps))
+    y = point("xhat", centred * rsqrt(square + eps))
     if weight is not None:
         y = y * weight.to(held)
     if bias is not None:
@@ -195,6 +197,12 @@ def around_mean(x: Tensor, mean: Callable[[Tensor], Tensor]) -> tuple[Tensor, Te
         seen, little = centred.detach(), 2.0**-15 * middle.detach()
         centred = centred - torch.where(mean(seen * seen) < little * little, mean(seen), 0.0)
     return centred, mean(centred * centred)
+
+
+def rsqrt(x: Tensor) -> Tensor:
+    """torch.rsqrt(x), to the bit, with the derivative of 1 / sqrt(x): its own has a cube, of 1e14 inf in float32."""
+    r = torch.sqrt(x).reciprocal()
+    return r + (torch.rsqrt(x.detach()) - r.detach())
 
 
 def add_rms_norm_reference(x: Any, residual: Any, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -240,6 +248,9 @@ def _register(call: Any, formula: str, reference: Any, norm: Norm, **interiors: 
 def _refuses(norm: Norm, *inputs: Any) -> str | None:
     if norm.residual and inputs[0].shape != inputs[1].shape:
         return "x and residual are of different shapes"
+    x, _, weight, *_, round_first = norm.parts(inputs)
+    if round_first and weight is not None and weight.dtype == torch.float64 != x.dtype:
+        return f"round_first with a weight of torch.float64 and x of {x.dtype}, and the kernels hold both as x's"
     return refuses_rows(inputs[0]) or refuses_dtypes(*(x for x in inputs if x is not None))
 
 

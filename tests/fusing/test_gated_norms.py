@@ -61,7 +61,8 @@ def test_values_and_gradients(norm: nn.Module, dtype: torch.dtype) -> None:
         for ours, expected, exact in zip(step(other, *given), theirs, true, strict=True):
             assert ours.dtype == expected.dtype
             error = (expected.float() - exact).abs().max().item()
-            bound = 2 * error + 4 * 1.2e-7 * exact.abs().max().item()  # as far from float32 as theirs, or nearly
+            # As far from float32 as theirs, or nearly. (In float32 that is theirs, which is no exacter than ours.)
+            bound = 2 * error + (8 if dtype == torch.float32 else 4) * 1.2e-7 * exact.abs().max().item()
             torch.testing.assert_close(ours.float(), exact, rtol=0, atol=bound)
     ro.unfuse(norm)
     assert all(torch.equal(a, b) for a, b in zip(step(norm, *given), theirs, strict=True))
