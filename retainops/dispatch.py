@@ -38,7 +38,7 @@ _chosen: ContextVar[str | None] = ContextVar("retainops_backend", default=None)
 
 def backend_name() -> str:
     """The backend in force here: "auto", "triton" or "reference"."""
-    return _chosen.get() or _default
+    return _chosen.get() or _default or _of_environment()
 
 
 def _named(backend: str, source: str) -> str:
@@ -47,7 +47,14 @@ def _named(backend: str, source: str) -> str:
     return backend
 
 
-_default = _named(os.environ.get("RETAINOPS_BACKEND", "auto"), "RETAINOPS_BACKEND")
+def _of_environment() -> str:
+    return _named(os.environ.get("RETAINOPS_BACKEND", "auto"), "RETAINOPS_BACKEND")
+
+
+try:
+    _default = _of_environment()
+except ValueError:  # the first call says so: at import, the command line could not say it in one line
+    _default = ""
 
 
 @contextlib.contextmanager
@@ -59,7 +66,8 @@ def backend(name: str) -> Iterator[None]:
 
     Args:
         name: "auto" (the kernels where they can, else the reference), "triton" (the kernels, or an error that
-            says why not), "reference". The environment variable RETAINOPS_BACKEND sets the default.
+            says why not), "reference". The environment variable RETAINOPS_BACKEND sets the default; where
+            that is unknown, the first call raises.
 
     Raises:
         ValueError: an unknown name.

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
 import re
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ import retainops as ro
 from retainops import registry
 from retainops.cli import bench, sweep
 from retainops.cli.app import app
+from retainops.cli.snippet import snippet
 from retainops.ops.pointwise import FAMILY
 from retainops.testing.check import check_layouts
 
@@ -58,6 +61,13 @@ def test_points_cuts_no_formula_short():
     for op in registry.ops():
         result = CliRunner().invoke(app, ["points", op.name], env={"COLUMNS": "80"})
         assert "…" not in result.output
+
+
+def test_points_in_a_narrow_terminal_keeps_its_columns_and_its_code():
+    result = CliRunner().invoke(app, ["points", "softcap"], env={"COLUMNS": "20"})
+    assert "cap * tanh(x / cap)" in words(result.output)
+    assert "x / cap of x and cap" in words(result.output)
+    assert result.output.endswith(snippet(registry.find("softcap")) + "\n")
 
 
 @pytest.mark.parametrize("op", list(registry.ops()), ids=lambda op: op.name)
@@ -160,6 +170,47 @@ def test_other_bits_when_retained_fail_the_check(monkeypatch):
     assert "other bits without retention: y" in result.output
     row = next(line.split() for line in result.output.splitlines() if line.split()[:2] == ["float32", "y"])
     assert row[-5:] == ["no", "14", "of", "15", "FAIL"]
+
+
+def test_bits_that_differ_fail_the_quantity_that_they_are_of(monkeypatch):
+    """Not those beside it in the same call."""
+
+    def call(a, b, retain=None):
+        y = ro.mul_sin(a, b, retain=retain)
+        return y if retain is None else y * (1 + torch.finfo(y.dtype).eps)
+
+    monkeypatch.setattr(sweep, "check_layouts", lambda *inputs: {"contiguous": inputs})
+    rows = [line.split() for line in _fault(monkeypatch, call).output.splitlines()]
+    for quantity, verdict in (("y", ["no", "1", "of", "1", "FAIL"]), ("dc", ["yes", "ok"])):
+        row = next(row for row in rows if quantity in row[:2])
+        assert row[-len(verdict) :] == verdict
+
+
+def test_inputs_that_cannot_be_made_are_a_failed_check(monkeypatch):
+    def sample(*_):
+        raise RuntimeError("can't allocate memory")
+
+    monkeypatch.setattr(sweep, "paths", _reference_only)
+    monkeypatch.setitem(registry._ops, "mul_sin", dataclasses.replace(registry.find("mul_sin"), sample=sample))
+    result = run("check", *SMALL)
+    assert result.exit_code == 1
+    assert (
+        "inputs, reference path: could not be made of shape 5x7: RuntimeError: can't allocate memory" in result.output
+    )
+    assert "1 of 1 checks failed" in result.output
+
+
+@pytest.mark.parametrize("name", ["rope", "rms_norm", "swiglu_packed"])
+def test_one_row_of_one_column_is_checked(name, monkeypatch):
+    """Of rope that has no pair to turn, and of a packed tensor no half: they have two columns."""
+    monkeypatch.setattr(sweep, "paths", _reference_only)
+    result = run("check", name, "--dtype", "float32", "--shape", "1x1", "--jobs", "1")
+    assert result.exit_code == 0, result.output
+
+
+def test_a_dtype_named_twice_is_checked_once(monkeypatch):
+    monkeypatch.setattr(sweep, "paths", _reference_only)
+    assert "all 15 checks are ok" in run("check", *SMALL, "--dtype", "float32").output
 
 
 def test_an_op_that_raises_fails_the_check(monkeypatch):
@@ -275,6 +326,7 @@ def test_the_version():
             "between them, rows and columns at least, such as 37x53",
         ),
         (("check", "--shape", "0x7"), "--shape 0x7: expected positive sizes"),
+        (("check", "--shape", "99999999999999999999x2"), "that is 2.0e+20 elements; expected 1e+12 at most"),
         (("check", "--jobs", "-1"), "--jobs -1: expected a number of processes, or 0"),
     ],
 )
@@ -320,6 +372,24 @@ def test_without_the_extra_the_library_imports_and_the_command_line_says_what_to
     assert done.stderr.splitlines() == [
         'retainops: the command line needs typer and matplotlib, not installed here; pip install "retainops[demo]"'
     ]
+
+
+def test_a_wrong_backend_in_the_environment_is_one_line():
+    env = {**os.environ, "RETAINOPS_BACKEND": "foo"}
+    done = subprocess.run([sys.executable, "-m", "retainops", "points"], capture_output=True, text=True, env=env)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines() == [
+        "retainops: RETAINOPS_BACKEND: unknown backend 'foo'; expected one of auto, triton, reference"
+    ]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no device that is always full")
+def test_an_output_that_cannot_be_written_is_one_line():
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "retainops", "points"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == ["retainops: cannot write to the output: No space left on device"]
 
 
 def test_the_module_runs():

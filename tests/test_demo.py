@@ -92,6 +92,7 @@ def test_16_bit_grey_photographs_are_not_clipped(tmp_path):
         (("--out", "demo.doc"), "--out demo.doc: cannot write this kind of file; use .png, .pdf or .svg"),
         (("--device", "gpu"), '--device gpu: expected "auto", "cpu", "cuda"'),
         (("--device", "cuda:99"), "--device cuda:99: PyTorch finds"),
+        (("--device", "cuda:99999999999999999999"), "--device cuda:99999999999999999999: PyTorch finds"),
     ],
 )
 def test_a_mistake_gets_one_line_and_status_2(args, said):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated
 
 import torch
@@ -14,13 +15,15 @@ from rich.text import Text
 
 from retainops import registry
 from retainops.cli import sweep
-from retainops.cli.messages import POINTWISE, fail, found_ops
+from retainops.cli.messages import POINTWISE, fail, found_ops, print_whole
 from retainops.cli.sweep import KERNELS, REFERENCE, Outcome
 from retainops.testing.check import Row
 
 DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
 SHOWN = 5
 """Failures that are printed in full."""
+MOST = 10**12
+"""Elements of a shape: a tensor of more is in no machine's memory."""
 
 
 def check(
@@ -56,7 +59,7 @@ def check(
     given = [*(ops or []), *(op or [])]
     chosen = list({found.name: found for name in given for found in found_ops(name)}.values()) or list(registry.ops())
     named = bool(given) and POINTWISE not in given  # those of the family are many
-    names = dtype or list(DTYPES)
+    names = list(dict.fromkeys(dtype or DTYPES))
     for name in names:
         if name not in DTYPES:
             fail(f"--dtype {name}: unknown dtype; expected one of {', '.join(DTYPES)}")
@@ -70,9 +73,9 @@ def check(
         over = "" if layouts else ", the largest over all layouts"
         console.print(f"max |x - oracle|{over}; oracle: eager in float64")
         for one in chosen:
-            console.print(_table(one, [o for o in outcomes if o.op == one.name], layouts))
+            print_whole(console, _table(one, [o for o in outcomes if o.op == one.name], layouts))
     else:
-        console.print(_summary(chosen, outcomes))
+        print_whole(console, _summary(chosen, outcomes))
     if left := _left_to_the_reference(outcomes):
         console.print(Text(f"no call took the kernels: {', '.join(left)}"), soft_wrap=True)
     _conclude(console, outcomes)
@@ -97,12 +100,14 @@ def _conclude(console: Console, outcomes: list[Outcome]) -> None:
 
 def _size(shape: str) -> torch.Size:
     try:
-        size = torch.Size(int(n) for n in shape.split("x"))
+        sizes = [int(n) for n in shape.split("x")]
     except ValueError:
-        size = torch.Size()
-    if len(size) < 2 or min(size) < 1:  # some ops take no fewer dims
+        sizes = []
+    if len(sizes) < 2 or min(sizes) < 1:  # some ops take no fewer dims
         fail(f"--shape {shape}: expected positive sizes with x between them, rows and columns at least, such as 37x53")
-    return size
+    if math.prod(sizes) > MOST:
+        fail(f"--shape {shape}: that is {math.prod(sizes):.1e} elements; expected {MOST:.0e} at most")
+    return torch.Size(sizes)
 
 
 def _run(console: Console, work: list[sweep.Task], jobs: int) -> list[Outcome]:
@@ -129,8 +134,9 @@ def _summary(ops: list[registry.Op], outcomes: list[Outcome]) -> Table:
     for op in ops:
         own = [o for o in outcomes if o.op == op.name]
         shares = [_share([o for o in own if o.path == path]) for path in (KERNELS, REFERENCE)]
+        same = all(o.report.bitwise for o in own if o.report)
         bad = sum(not o.ok for o in own)
-        table.add_row(op.name, str(len(own)), *shares, _bitwise(own), _verdict(bad, len(own)))
+        table.add_row(op.name, str(len(own)), *shares, _bitwise(same), _verdict(bad, len(own)))
     return table
 
 
@@ -139,8 +145,7 @@ def _share(outcomes: list[Outcome]) -> str:
     return f"{max(shares):.2f}" if shares else "-"
 
 
-def _bitwise(outcomes: list[Outcome]) -> Text:
-    same = all(o.report.bitwise for o in outcomes if o.report)
+def _bitwise(same: bool) -> Text:
     return Text("yes") if same else Text("no", style="red")
 
 
@@ -181,10 +186,10 @@ def _cells(members: list[tuple[Outcome, Row | None]]) -> list[Text]:
         return Text(f"{max(errors):.1e}" if errors else "-")
 
     of_path = [[row.error for o, row in members if row and o.path == path] for path in (KERNELS, REFERENCE)]
-    bad = sum(row is None or not row.ok or not o.sound for o, row in members)
+    bad = sum(not o.passed(row) for o, row in members)
     return [
         most([row.eager_error for _, row in members if row]),
         *map(most, of_path),
-        _bitwise([o for o, _ in members]),
+        _bitwise(all(o.same_bits(row) for o, row in members)),
         _verdict(bad, len(members)),
     ]

@@ -78,9 +78,13 @@ def _device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name != "cpu" and not re.fullmatch(r"cuda(:\d+)?", name):
         fail(f'--device {name}: expected "auto", "cpu", "cuda" or "cuda:" and a number')
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        fail(f"--device {name}: PyTorch finds {torch.cuda.device_count()} GPUs on this machine")
+    count = torch.cuda.device_count()
+    try:
+        device = torch.device(name)
+    except RuntimeError:  # a number that no index can be
+        fail(f"--device {name}: PyTorch finds {count} GPUs on this machine")
+    if device.type == "cuda" and (device.index or 0) >= count:
+        fail(f"--device {name}: PyTorch finds {count} GPUs on this machine")
     return device
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import NoReturn
 
 import typer
+from rich.console import Console
+from rich.table import Table
 
 from retainops import registry
 from retainops.ops.pointwise import FAMILY
@@ -14,6 +16,11 @@ def fail(message: str, status: int = 2) -> NoReturn:
     """Say it in one line on stderr and leave: status 2 for a mistake in what was asked, 1 for a failed check."""
     typer.echo(f"retainops: {message}", err=True)
     raise typer.Exit(status)
+
+
+def print_whole(console: Console, table: Table, least: int = 100) -> None:
+    """Print a table with all its columns: a terminal narrower than `least` wraps its lines, where rich would cut."""
+    console.print(table) if console.width >= least else Console(width=least).print(table)
 
 
 POINTWISE = "pointwise"

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from retainops import registry
-from retainops.cli.messages import POINTWISE, found_op, found_ops
+from retainops.cli.messages import POINTWISE, found_op, found_ops, print_whole
 from retainops.cli.snippet import snippet
 from retainops.ops.pointwise import BINARY, FAMILY, UNARY
 
@@ -37,10 +37,11 @@ def points(
     for record in _chosen(op):
         _add(table, record.name, record.formula, record.points)
     console = Console()
-    console.print(table)
+    print_whole(console, table, least=60)
     if op is None:
         console.print(Text(_OF_FAMILY.format(o=", ".join(BINARY), f=", ".join(UNARY), name=POINTWISE, n=len(FAMILY))))
-    console.print(Text(snippet(registry.find("mul_sin") if op in (None, POINTWISE) else found_op(op))))
+    code = snippet(registry.find("mul_sin") if op in (None, POINTWISE) else found_op(op))
+    console.print(Text(code), soft_wrap=True)  # it is to be copied
 
 
 def _chosen(op: str | None) -> list[registry.Op]:

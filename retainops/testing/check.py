@@ -107,12 +107,15 @@ def check_op(
     run = call.fused(op, dys, retain)
     differing = _differing_bits(call, op, dys, retain, run)
     intact = all(same_bits(x, was) for x, was in zip(given, before, strict=True))
+    written = () if intact else ("an input or dy was written to",)
     return Report(
         op=name,
         inputs=", ".join(_described(n, x) for n, x in zip(call.names, inputs, strict=True)),
         rows=tuple(_rows(call, dys, retain, run, by_pytorch)),
         bitwise=not differing,
-        problems=tuple(differing) if intact else (*differing, "an input or dy was written to"),
+        problems=(*(f"other bits {when}: {', '.join(names)}" for when, names in differing.items()), *written),
+        differing=tuple(name for name in run if any(name in names for names in differing.values())),
+        intact=intact,
     )
 
 
@@ -137,19 +140,19 @@ def _checked_dys(outputs: Sequence[torch.Tensor], dy: torch.Tensor | Dys | None)
 
 def _differing_bits(
     call: Call, op: Callable[..., Any], dys: Dys, retain: tuple[str, ...], run: Quantities
-) -> list[str]:
-    """What differs in its bits between runs that must be equal, in words."""
+) -> dict[str, list[str]]:
+    """What differs in its bits between runs that must be equal, by when it does."""
     others = {"in a second run": retain}
     if len(retain) > 1:
         others |= {f"with only {p} retained": (p,) for p in retain}
     if retain:
         others["without retention"] = ()
-    problems = []
+    found = {}
     for when, points in others.items():
         other = call.fused(op, dys, points)
         if differ := [name for name, x in other.items() if not same_bits(run[name], x)]:
-            problems.append(f"other bits {when}: {', '.join(differ)}")
-    return problems
+            found[when] = differ
+    return found
 
 
 def _rows(call: Call, dys: Dys, retain: tuple[str, ...], run: Quantities, by_pytorch: bool) -> list[Row]:

@@ -41,6 +41,8 @@ class Report:
         rows: one for each quantity: the output, then the inputs' gradients, then the points'.
         bitwise: the same bits with retention on, off and of each point alone, and in two runs.
         problems: what is wrong with the op as a whole: which bits differ, and whether an input was written to.
+        differing: the rows whose bits differ between runs that must be equal.
+        intact: no input was written to.
     """
 
     op: str
@@ -48,6 +50,8 @@ class Report:
     rows: tuple[Row, ...]
     bitwise: bool
     problems: tuple[str, ...]
+    differing: tuple[str, ...] = ()
+    intact: bool = True
 
     @property
     def ok(self) -> bool:
