@@ -1,7 +1,7 @@
 """Peak memory of attention whose probabilities are asked for, over the number of tokens, beside eager PyTorch.
 
     python -m bench.attention_memory    # a table, and attention_memory.json and .png in bench/results/
-    python -m bench.attention_memory --tokens 512 1024
+    python -m bench.attention_memory --tokens 512 1024    # of other sizes: to --results, or a new folder
 
 Forward and backward, each in a process of its own. On a GPU the peak is what PyTorch's allocator handed out, on a CPU
 the resident memory of the process (getrusage). In both it is what the step adds to inputs, their gradients, and a step
@@ -16,7 +16,7 @@ import json
 import multiprocessing
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from rich.progress import track
 from rich.table import Table
 
 import retainops as ro
+from bench import options as shared
 from bench import record
 from bench.linear_cross_entropy_memory import peak
 
@@ -129,7 +130,7 @@ def draw(found: dict[str, dict[int, dict[str, float]]], sizes: dict[str, Any], p
     figure.savefig(path, dpi=150)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print, keep."""
     on_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -140,7 +141,11 @@ def main() -> None:
         "--dtype", default="bfloat16" if on_gpu else "float32", help="default: bfloat16, on a CPU float32"
     )
     parser.add_argument("--most", type=float, default=64 if on_gpu else 13, help="GiB; default: 64, on a CPU 13")
-    sizes = {**vars(parser.parse_args()), "device": "cuda" if on_gpu else "cpu"}
+    shared.add_results(parser)
+    options = parser.parse_args(argv)
+    folder = shared.results_folder(options.results, shared.as_it_comes(parser, options))
+    sizes = {**vars(options), "device": "cuda" if on_gpu else "cpu"}
+    del sizes["results"]
     context, found = multiprocessing.get_context("spawn"), {way: {} for way in WAYS}
     cases = [(way, tokens) for way in WAYS for tokens in sizes["tokens"] if fits(way, tokens, sizes)]
     for way, tokens in track(cases, "measuring"):
@@ -154,7 +159,6 @@ def main() -> None:
             )
         found[way][tokens] = results.get()
     Console().print(table(found, sizes))
-    folder = record.ROOT / "bench" / "results" / record.slug()
     folder.mkdir(parents=True, exist_ok=True)
     kept = {"metadata": {**record.metadata(""), "statistic": "peak"}, "sizes": sizes, "ways": found}
     (folder / "attention_memory.json").write_text(json.dumps(kept, indent=1) + "\n")

@@ -15,12 +15,12 @@ import json
 import statistics
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import retainops as ro
+from bench import options as shared
 from bench import record, timing
 
 Tensor = torch.Tensor
@@ -136,12 +136,12 @@ def against_eager(tokens: int) -> list[dict[str, Any]]:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.attention_time", description=__doc__.split("\n")[0])
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 4096, 8192, 16384])
-    parser.add_argument("--results", type=Path, metavar="DIR", help="default: bench/results/<device>")
+    shared.add_results(parser)
     options = parser.parse_args(argv)
     if not torch.cuda.is_available():
         print("attention_time: there is no GPU; a forecast: python -m bench.attention_forecast", file=sys.stderr)
         return 2
-    folder = options.results or record.ROOT / "bench" / "results" / record.slug()
+    folder = shared.results_folder(options.results, shared.as_it_comes(parser, options))
     torch.manual_seed(0)
     found = {"metadata": record.metadata(""), "eager": against_eager(EAGER_AT), "ratios": ratios(options.tokens)}
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """Retention inside torch.compile, side by side: forward and backward of sin(a * b), in turn, in one run.
 
 python -m bench.compiled            # a table, and bench/results/<device>/compiled.json
-python -m bench.compiled --rows 512 --rounds 3
+python -m bench.compiled --rows 512 --rounds 3    # of other sizes: to --results, or a new folder
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import gc
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from rich.console import Console
@@ -19,6 +19,7 @@ from rich.progress import track
 from rich.table import Table
 
 import retainops as ro
+from bench import options as shared
 from bench import record
 
 Step = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], object]
@@ -95,15 +96,17 @@ def table(seconds: dict[str, float], rows: int) -> Table:
     return shown
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print, keep."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=4096, help="of the square matrices (default: 4096)")
-    parser.add_argument("--rounds", type=int, default=9, help="timed rounds, of which the median counts (default: 9)")
-    options = parser.parse_args()
+    parser.add_argument("--rows", type=shared.positive, default=4096, help="of the square matrices (default: 4096)")
+    rounds = "timed rounds, of which the median counts (default: 9)"
+    parser.add_argument("--rounds", type=shared.positive, default=9, help=rounds)
+    shared.add_results(parser)
+    options = parser.parse_args(argv)
+    folder = shared.results_folder(options.results, shared.as_it_comes(parser, options))
     seconds = measure(options.rows, options.rounds)
     Console().print(table(seconds, options.rows))
-    folder = record.ROOT / "bench" / "results" / record.slug()
     folder.mkdir(parents=True, exist_ok=True)
     kept = {
         "metadata": {**record.metadata(""), "statistic": "median"},

@@ -1,7 +1,7 @@
 """Peak memory of linear_cross_entropy beside the eager pair: forward and backward, each in a process of its own.
 
     python -m bench.linear_cross_entropy_memory    # a table, and linear_cross_entropy_memory.json in bench/results/
-    python -m bench.linear_cross_entropy_memory --tokens 2048
+    python -m bench.linear_cross_entropy_memory --tokens 2048      # of other sizes: to --results, or a new folder
 
 8192 tokens and 131072 classes: eager needs 13 GB. On a GPU the peak is what PyTorch's allocator handed out, on a CPU
 the resident memory of the process (getrusage). In both it is what the step adds to inputs, parameters, their gradients,
@@ -16,7 +16,6 @@ import multiprocessing
 import resource
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 import retainops as ro
+from bench import options as shared
 from bench import record
 
 Step = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -102,9 +102,11 @@ def main() -> None:
     parser.add_argument(
         "--dtype", default="bfloat16" if on_gpu else "float32", help="default: bfloat16, on a CPU float32"
     )
-    parser.add_argument("--results", type=Path, metavar="DIR", help="default: bench/results/<device>")
-    sizes = {**vars(parser.parse_args()), "device": "cuda" if on_gpu else "cpu"}
-    folder = sizes.pop("results") or record.ROOT / "bench" / "results" / record.slug()
+    shared.add_results(parser)
+    options = parser.parse_args()
+    folder = shared.results_folder(options.results, shared.as_it_comes(parser, options))
+    sizes = {**vars(options), "device": "cuda" if on_gpu else "cpu"}
+    del sizes["results"]
     context, found = multiprocessing.get_context("spawn"), {}
     for way in ways():
         results = context.SimpleQueue()

@@ -10,7 +10,8 @@ configuration of Llama-3.2-1B, random weights, and is in bfloat16 (float32 on a 
 take turns. Those with "blocks" never hold all logits: compare them with each other, and the rest with each other.
 Memory is the peak beyond weights and gradients, which are there from a step before, as when they accumulate.
 
-A way that fails, or is not installed, is shown with the reason, and the others go on. The file is written after each.
+A way that fails, or is not installed, is shown with the reason, and the others go on. The file is written after each:
+with any option to a new folder, if --results names none.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ import importlib.metadata
 import json
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from rich.table import Table
 
 import retainops as ro
 from bench import model_ways, record
+from bench import options as shared
 from bench.model_ways import EAGER, WAYS
 from bench.turns import Result, Steps, Turns, reason
 
@@ -79,8 +80,9 @@ def options_of(argv: list[str] | None) -> argparse.Namespace:
         "--compile", action=argparse.BooleanOptionalAction, default=True, help="the ways by torch.compile"
     )
     parser.add_argument("--seconds", type=float, default=480, help="after which no new way starts (default: 480)")
-    parser.add_argument("--results", type=Path, metavar="DIR", help="default: bench/results/<device>")
+    shared.add_results(parser)
     options = parser.parse_args(argv)
+    options.whole = shared.as_it_comes(parser, options)
     if options.hidden <= 0 or (options.hidden % 256 and (options.hidden % 8 or options.hidden > 256)):
         parser.error(f"--hidden {options.hidden}: heads need a multiple of 256, or one of 8 below it")
     return options
@@ -106,7 +108,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"model_step: its model is of transformers, which cannot be imported: {reason(error)}", file=sys.stderr)
         return 2
     sizes = {name: getattr(options, name) for name in ("layers", "hidden", "vocabulary", "batch", "tokens", "dtype")}
-    folder = options.results or record.ROOT / "bench" / "results" / record.slug()
+    folder = shared.results_folder(options.results, options.whole)
     folder.mkdir(parents=True, exist_ok=True)
     device = "cuda" if on_gpu else "cpu"
     torch.manual_seed(0)

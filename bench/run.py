@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from bench import options as shared
 from bench import record, report
 from bench.forecast import GPU, forecasts
 from retainops.dispatch import HAS_TRITON
@@ -20,14 +21,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmarks, keep their results, and print and draw them.
 
     Args:
-        argv: the options; those it does not know go to pytest (`-k mul_sin`).
+        argv: the options; those it does not know go to pytest (`-k mul_sin`). With those, or `--quick`, the results do
+            not take the place of those in bench/results/: they go to `--results`, or to a new folder.
 
     Returns:
         0; pytest's exit status where a benchmark failed (the others are reported); 1 where nothing was measured.
     """
     options, for_pytest = _parser().parse_known_args(argv)
-    folder = options.results or report.RESULTS / record.slug()
-    print(f"measuring on {record.device_name()}; results go to {folder}", flush=True)
+    folder = shared.results_folder(options.results, whole=not options.quick and not for_pytest)
+    print(f"measuring on {record.device_name()}", flush=True)
     if options.warm:
         warm = ["--bench-warm", "-n", str(options.warm), "--dist=loadgroup", "-q"]
         _pytest(Path(os.devnull), options, [*warm, *for_pytest])
@@ -48,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench.run", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--results", type=Path, metavar="DIR", help="default: bench/results/<device>")
+    shared.add_results(parser)
     parser.add_argument("--seconds", type=float, default=140.0, help="start no case after this many (default 140)")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, one round: whether it runs, not how fast")
     parser.add_argument("--warm", type=int, default=0, metavar="N", help="first compile everything, in N processes")

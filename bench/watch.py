@@ -1,7 +1,7 @@
 """What watching costs: training steps not watched, between two that are read, and read; in turn, in one run.
 
 python -m bench.watch            # a table, and bench/results/<device>/watch.json
-python -m bench.watch --rounds 5 --tokens 256
+python -m bench.watch --rounds 5 --tokens 256    # of other sizes: to --results, or a new folder
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import retainops as ro
+from bench import options as shared
 from bench import record
 from retainops.slots import Slot
 
@@ -193,15 +194,21 @@ def quartiles(times: dict[str, list[float]], name: str) -> tuple[float, float]:
     return low, high
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print, keep."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=512, help="of a batch of 4 sequences (default: 512)")
-    parser.add_argument("--rounds", type=int, default=11, help="timed rounds, of which the median counts (default: 11)")
+    parser.add_argument("--tokens", type=shared.positive, default=512, help="of a batch of 4 sequences (default: 512)")
+    rounds = "timed rounds, of which the median counts (default: 11)"
+    parser.add_argument("--rounds", type=shared.positive, default=11, help=rounds)
     parser.add_argument(
-        "--threads", type=int, default=1, help="of PyTorch on a CPU (default: 1, so that none waits for another)"
+        "--threads",
+        type=shared.positive,
+        default=1,
+        help="of PyTorch on a CPU (default: 1, so that none waits for another)",
     )
-    options = parser.parse_args()
+    shared.add_results(parser)
+    options = parser.parse_args(argv)
+    folder = shared.results_folder(options.results, shared.as_it_comes(parser, options))
     torch.set_num_threads(options.threads)
     kept: dict[str, object] = {
         "metadata": {**record.metadata(""), "statistic": "median", "threads": torch.get_num_threads()},
@@ -220,7 +227,6 @@ def main() -> None:
             "middle_half": {name: quartiles(times, name) for name in times},
             "fastest": {name: min(seconds) for name, seconds in times.items()},
         }
-    folder = record.ROOT / "bench" / "results" / record.slug()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "watch.json").write_text(json.dumps(kept, indent=1) + "\n")
 

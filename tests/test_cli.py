@@ -351,6 +351,16 @@ def test_bench_hands_its_options_on(monkeypatch):
     assert (cwd / "bench" / "run.py").is_file()
 
 
+@pytest.mark.parametrize("given", [("--results", "mine"), ("--results=mine",)], ids=len)
+def test_bench_writes_where_it_is_run(given, monkeypatch, tmp_path):
+    """It measures in the clone, where a relative path would lead somewhere else."""
+    commands = []
+    monkeypatch.setattr(bench.subprocess, "run", lambda c, cwd: commands.append(c) or subprocess.CompletedProcess(c, 0))
+    monkeypatch.chdir(tmp_path)
+    assert run("bench", *given, "-k", "mul_sin").exit_code == 0
+    assert " ".join(commands[0][3:]).replace("=", " ") == f"--results {tmp_path / 'mine'} -k mul_sin"
+
+
 def test_bench_outside_a_checkout_says_where_the_benchmarks_are(monkeypatch, tmp_path):
     monkeypatch.setattr(bench, "ROOT", tmp_path)
     result = run("bench")
