@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.conftest import GPU, HAS_TRITON
 
@@ -38,6 +39,31 @@ def test_every_call_is_a_replay_by_the_time_that_it_is_timed() -> None:
             assert [known for known in _replay._known.values() if not callable(known)] == [], op
             assert len(_replay._known) == 2, op
     assert not _replay._known
+
+
+@pytest.mark.skipif(GPU, reason="launches are real there")
+def test_eager_and_ours_are_asked_for_the_same_gradients() -> None:
+    """New ones each time: none is added to that of the call before."""
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.append(func.__name__)
+            return func(*args, **(kwargs or {}))
+
+    names: list[str] = []
+    ways = host_time.calls()["mul_sin, c retained"]
+    ways["eager"]()
+    with Seen():
+        ways["eager"]()
+    assert sorted(names) == ["cos.default", *["mul.Tensor"] * 4, "sin.default"]
+
+
+def test_what_two_rows_are_compared_with_is_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed = iter(range(100))
+    monkeypatch.setattr(host_time, "seconds_of", lambda *_: next(timed))
+    found = host_time.measure()
+    assert found["mul_sin, c retained"]["eager"] == found["mul_sin, in a new Retained"]["eager"]
+    assert found["mul_sin, c retained"]["eager"] != found["mul_sin"]["eager"]
 
 
 def test_figures_become_a_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
