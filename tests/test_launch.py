@@ -99,6 +99,16 @@ def test_another_request_is_another_launch(kernels: Path) -> None:
         check(a, b, ro.Into(torch.zeros_like(a.detach()), accumulate=True))
 
 
+def test_a_buffer_that_lies_elsewhere_is_another_launch(kernels: Path) -> None:
+    """Where no GPU is the simulated one says so: it compares what was compiled in with what comes."""
+    rand = random_leaves(kernels.device)
+    a, b, memory = rand(6, 8), rand(6, 8), torch.zeros(100, device=kernels.device)
+    for first in (0, 1, 0, 2, 1):
+        for accumulate in (False, True):
+            check(a, b, ro.Into(memory.zero_()[first : first + 48].view(6, 8), accumulate=accumulate))
+    check(a, b, ro.Into(memory[:96].view(6, 16)[:, ::2]))
+
+
 def test_some_gradients_of_those_there_are(kernels: Path) -> None:
     rand = random_leaves(kernels.device)
     a, b = rand(6, 8), rand(6, 8)

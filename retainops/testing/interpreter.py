@@ -13,6 +13,7 @@ from triton.runtime.interpreter import TensorHandle
 from triton.runtime.jit import TensorWrapper
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from retainops.testing import specialised
 from retainops.testing.builder import builder
 from retainops.testing.driver import Launch
 from retainops.testing.language import Patched, changes
@@ -28,12 +29,15 @@ def run(launch: Launch, *, check: bool = True, programs: Programs = None) -> Non
 
     Args:
         launch: from `retainops.testing.driver`.
-        check: raise `KernelFault` on accesses that no kernel may make (see `simulated_gpu`).
+        check: raise `KernelFault` on accesses that no kernel may make, and arguments that this one was not compiled
+            for (see `simulated_gpu`).
         programs: which to execute (see `simulated_gpu`).
     """
     total = launch.grid[0] * launch.grid[1] * launch.grid[2]
     if check and any(n > most for n, most in zip(launch.grid, _MOST, strict=True)):
         raise KernelFault(f"{launch.name}: a grid of {launch.grid}; a GPU takes at most {_MOST}: use the first dim")
+    if check:
+        specialised.check(launch)
     memory = Memory(launch.name, launch.grid, running_line) if check else None
     function, args = interpreted(launch.fn), _arguments(launch, memory)
     builder.begin(launch.grid, memory)
@@ -64,10 +68,8 @@ def _argument(x: Any, ty: Any, name: str, memory: Memory | None) -> Any:
     if ty == "constexpr":
         return x.value if isinstance(x, tl.constexpr) else x
     if isinstance(x, tuple):
-        fields = getattr(x, "_fields", None)
-        names = [f"{name}.{f}" for f in fields] if fields else [f"{name}[{i}]" for i in range(len(x))]
-        items = [_argument(item, t, n, memory) for item, t, n in zip(x, ty, names, strict=True)]
-        return type(x)(*items) if fields else tuple(items)
+        items = [_argument(item, t, n, memory) for item, t, n in zip(x, ty, specialised.parts(x, name), strict=True)]
+        return type(x)(*items) if hasattr(x, "_fields") else tuple(items)
     if isinstance(x, TensorDescriptor):
         base = _Placed(x.base, _place(x.base, name, memory))
         placed = TensorDescriptor(base, x.shape, x.strides, x.block_shape, x.padding)

@@ -35,9 +35,10 @@ def simulated_gpu(
             function of a `Launch`.
         check: of the interpreter: raise on an access outside the tensor that the pointer came from (or in the gaps of
             a strided one), on programs that race (one writes what another reads or writes; atomics may), on lanes
-            of one store that meet in one element, and on storing a floating-point value into which went lanes that
-            a load masked off without `other=`. Such lanes hold NaN, or the largest integer. Without: several times
-            faster, and such lanes hold 0.
+            of one store that meet in one element, on storing a floating-point value into which went lanes that
+            a load masked off without `other=`, and on arguments that the kernel was not compiled for (a compiled
+            kernel that was kept and started again). Such lanes hold NaN, or the largest integer. Without: several
+            times faster, and such lanes hold 0.
         programs: of the interpreter: execute only these. A predicate `(index, total) -> bool` on the linear index (the
             grid's first dim runs fastest), or the indices; a negative one counts from the end, one that a
             launch's grid does not have is left out. None: all.

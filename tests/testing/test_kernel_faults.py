@@ -253,3 +253,49 @@ def test_grid_that_no_gpu_takes():
     x = torch.zeros(10)
     with simulated_gpu(), pytest.raises(KernelFault, match=r"copy_kernel: a grid of \(1, 65536, 1\)"):
         copy_kernel[(1, 65536)](x, x, 10, BLOCK=16)
+
+
+@triton.jit
+def strided_kernel(X, Y, n, s, BLOCK: tl.constexpr):
+    """y[i] = x.ptr[i s], as float32."""
+    i = tl.arange(0, BLOCK)
+    tl.store(Y + i, tl.load(X.ptr + i * s, mask=i < n, other=0.0).to(tl.float32), mask=i < n)
+
+
+STALE = {
+    "an int that was 1": ((0, 2, 64, torch.float32), r"strided_kernel: s is 2; the kernel was compiled for 1: start"),
+    "alignment": ((1, 1, 64, torch.float32), r"X\.ptr is 0x\w+4; the kernel was compiled for what divides by 16"),
+    "dtype": ((0, 1, 64, torch.int32), r"X\.ptr is \*i32; the kernel was compiled for \*fp32"),
+    "constexpr": ((0, 1, 32, torch.float32), r"BLOCK is 32; the kernel was compiled for 64"),
+}
+
+
+@pytest.mark.parametrize("compiles", [True, False])
+@pytest.mark.parametrize("changed", STALE)
+def test_a_compiled_kernel_started_with_what_it_was_not_compiled_for(changed: str, compiles: bool) -> None:
+    """The interpreter would make the right thing of it, and no GPU would."""
+    (first, s, block, dtype), message = STALE[changed]
+    x, y = torch.arange(256.0), torch.zeros(64)
+    other = Operand(torch.arange(257, dtype=dtype)[first:], ())
+    with simulated_gpu(compiles=compiles):
+        compiled = strided_kernel[(1,)](Operand(x, ()), y, 48, 1, BLOCK=64)
+        compiled[(1, 1, 1)](Operand(x + 1, ()), y, 32, 1, 64)
+        assert torch.equal(y[:48], torch.cat([x[1:33], x[32:48]]))
+        with pytest.raises(KernelFault, match=message):
+            compiled[(1, 1, 1)](other, y, 32, s, block)
+    with simulated_gpu(compiles=compiles, check=False):
+        compiled[(1, 1, 1)](other, y, 32, s, block)
+
+
+def test_a_compiled_kernel_started_with_other_numbers() -> None:
+    x, y = Operand(torch.arange(256.0), ()), torch.zeros(64)
+    with simulated_gpu(compiles=False):
+        compiled = strided_kernel[(1,)](x, y, 48, 2, BLOCK=64)
+        with pytest.raises(KernelFault, match="n is 33; the kernel was compiled for what divides by 16"):
+            compiled[(1, 1, 1)](x, y, 33, 2, 64)
+        with pytest.raises(KernelFault, match="s is 4294967296; the kernel was compiled for i32"):
+            compiled[(1, 1, 1)](x, y, 48, 2**32, 64)
+        with pytest.raises(KernelFault, match=r"X\.strides is 1 parts; the kernel was compiled for 0 parts"):
+            compiled[(1, 1, 1)](Operand(x.ptr, (1,)), y, 48, 2, 64)
+        compiled[(1, 1, 1)](x, y, 16, 5, 64)
+    assert torch.equal(y[:16], x.ptr[:80:5])
