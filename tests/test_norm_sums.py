@@ -9,11 +9,12 @@ import pytest
 import torch
 
 import retainops as ro
+from retainops.ops import _norm
 from retainops.ops.norm import layer_norm, rms_norm
 from retainops.points import unretained
 from retainops.registry import Op
 from tests.conftest import Path
-from tests.norm_cases import SUMS, differentiate, drawn, inputs_of, over_sums
+from tests.norm_cases import SUMS, compare, differentiate, drawn, inputs_of, launched, over_sums
 from tests.oracle import all_points, assert_near, clones, eager, leaves
 
 
@@ -151,3 +152,16 @@ def test_only_the_sum_is_kept_for_backward(op: Op, kernels: Path) -> None:
         assert [ref() for ref in memory] == [None] * 3
         assert saved() is not None
         loss.backward()
+
+
+@over_sums
+def test_more_shares_of_a_weights_gradient_than_are_added_at_once(
+    op: Op, kernels: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of rows by the thousand, here of a few: a row a program."""
+    monkeypatch.setattr(_norm, "BACKWARD", _norm.BACKWARD._replace(elements=16))
+    compare(op, *inputs_of(op, 300, 16, device=kernels.device))
+    inputs = inputs_of(op, 300, 16, device="cpu")
+    launches = launched(lambda: differentiate(op.call(*inputs)))
+    (adding,) = (args for name, _, args in launches if name == "sum_shares_kernel")
+    assert adding["SHAPE"][0] > adding["BLOCK_M"]
