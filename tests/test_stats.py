@@ -175,6 +175,15 @@ def test_what_lies_outside_the_tensor_does_not_count(path: Path) -> None:
     assert kept.c.act_grad.isfinite().sum() == 69
 
 
+@pytest.mark.parametrize("over", ["tensor", "rows", "channels"])
+def test_nor_does_the_value_outside_where_gradient_and_operand_are_broadcast(path: Path, over: str) -> None:
+    """a + 0 is no 0, and neither is the gradient of a sum."""
+    rand = random_leaves(path.device)
+    a, b, kept = rand(5, 1), rand(7), ro.Retained(c=ro.Stats(*NO_HIST, over=over, grad=True))
+    ro.add_gelu(a, b, retain=kept).sum().backward()
+    assert_statistics(kept.c, NO_HIST, over, kept.c.grad, (a + b).detach())
+
+
 def test_merging_over_uses_and_backward_calls(path: Path) -> None:
     rand = random_leaves(path.device)
     a, b = rand(4, 30), rand(4, 30)
