@@ -17,6 +17,7 @@ from triton.runtime import interpreter as triton_interpreter
 from triton.runtime.jit import JITFunction
 
 from retainops.testing.builder import builder, semantic
+from retainops.testing.hints import max_constancy, max_contiguous, multiple_of
 from retainops.testing.reductions import associative_scan, reduce
 from retainops.testing.rewriting import interpreted, loop
 
@@ -127,6 +128,7 @@ def changes() -> list[tuple[Any, str, Any]]:
         found += [(owner, "reduce", reduce), (owner, "associative_scan", associative_scan)]
     for owner in (tl, tl.core):
         found += [(owner, "range", loop), (owner, "static_range", _static_range)]
+        found += [(owner, hint.__name__, hint) for hint in (multiple_of, max_contiguous, max_constancy)]
     found += [(tl.tensor, "__index__", _index), (tl.tensor, "__bool__", _always)]
     found += [(tl.tensor, "__init__", _make_tensor), (tl.block_type, "__init__", _make_block_type)]
     members = {name: f for name, f in vars(tl.tensor).items() if isinstance(f, JITFunction)}  # x.sum(), x.max(), ...

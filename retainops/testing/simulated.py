@@ -36,9 +36,11 @@ def simulated_gpu(
         check: of the interpreter: raise on an access outside the tensor that the pointer came from (or in the gaps of
             a strided one), on programs that race (one writes what another reads or writes; atomics may), on lanes
             of one store that meet in one element, on storing a floating-point value into which went lanes that
-            a load masked off without `other=`, and on arguments that the kernel was not compiled for (a compiled
-            kernel that was kept and started again). Such lanes hold NaN, or the largest integer. Without: several
-            times faster, and such lanes hold 0.
+            a load masked off without `other=`, on arguments that the kernel was not compiled for (a compiled kernel
+            that was kept and started again), and on hints to the compiler that are false (`tl.multiple_of`).
+            Masked-off lanes hold a NaN that is marked, or the largest integer. What was computed of them by a
+            comparison, a sort, an argmax or in integers has no mark, and passes. Without: several times faster, and
+            such lanes hold 0.
         programs: of the interpreter: execute only these. A predicate `(index, total) -> bool` on the linear index (the
             grid's first dim runs fastest), or the indices; a negative one counts from the end, one that a
             launch's grid does not have is left out. None: all.

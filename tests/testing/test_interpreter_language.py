@@ -126,3 +126,45 @@ def test_a_scalar_masked_off_is_other():
     x, y = torch.ones(2), torch.empty(4)
     scalar_kernel[(4,)](x, y, 2)
     assert y.tolist() == [2, 2, 1, 1]
+
+
+@triton.jit
+def hints_kernel(X, Y, first, n, m, BLOCK: tl.constexpr):
+    """y = x from `first` on, as the compiler is told: in whole blocks, which begin at a multiple of 16."""
+    first = tl.multiple_of(first, 16)
+    i = tl.max_contiguous(tl.multiple_of((tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)) % n, BLOCK), BLOCK)
+    p = tl.multiple_of(X + first + i, [BLOCK * 4])
+    row = tl.max_constancy(tl.arange(0, BLOCK)[:, None] // m + tl.zeros((1, 2), tl.int32), [4, 2])
+    pair = tl.core.max_contiguous(row * 2 + tl.arange(0, 2)[None, :], [1, 2])
+    tl.store(Y + i, tl.load(p) + 0 * tl.sum(pair))
+
+
+FALSE_HINTS = {
+    "a scalar": ((17, 128, 4), r"tl.multiple_of\(16\) at .*py:\d+ by program 0: element 0, 17, begins what is contig"),
+    "contiguity": ((64, 100, 4), r"tl.max_contiguous\(64\) at .* by program 1: element 36, 0, does not follow the one"),
+    "a pointer": ((16, 128, 4), r"tl.multiple_of\(256\) at .* by program 0: element 0, \d+, begins what is contiguous"),
+    "constancy": ((64, 128, 2), r"tl.max_constancy\(4, 2\) at .*: element \(2, 0\), 1, is not equal to the one before"),
+}
+
+
+def aligned(n: int) -> torch.Tensor:
+    """n numbers from an address on that divides by 4096."""
+    x = torch.arange(n + 1024.0)
+    first = -x.data_ptr() % 4096 // 4
+    return x[first : first + n]
+
+
+def test_hints_to_the_compiler_that_are_true():
+    x, y = aligned(256), torch.empty(128)
+    hints_kernel[(2,)](x, y, 64, 128, 4, BLOCK=64)
+    assert torch.equal(y, x[64:192])
+
+
+@pytest.mark.parametrize("name", FALSE_HINTS)
+def test_a_hint_to_the_compiler_that_is_false(name):
+    (first, n, m), message = FALSE_HINTS[name]
+    x, y = aligned(256), torch.empty(128)
+    with pytest.raises(KernelFault, match=f"hints_kernel: {message}"):
+        hints_kernel[(2,)](x, y, first, n, m, BLOCK=64)
+    with simulated_gpu(check=False):
+        hints_kernel[(2,)](x, y, first, n, m, BLOCK=64)
