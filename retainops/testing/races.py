@@ -30,8 +30,11 @@ class Shadow:
 
         Args:
             lanes: (n,) int64 addresses, `low` and `high` the first and the last of them.
-            size: bytes a lane; at least a unit.
+            size: bytes a lane; where these are less than a unit, units become as small from here on.
         """
+        if size < self.unit:
+            self.writer, self.reader = (np.repeat(log, self.unit // size) for log in (self.writer, self.reader))
+            self.unit = size
         n = lanes.size
         if size == self.unit and high - low == (n - 1) * size and (n == 1 or (lanes[1:] - lanes[:-1] == size).all()):
             first = (low - self.start) // size

@@ -182,6 +182,27 @@ def test_race_between_views_of_different_dtypes():
         two_views_kernel[(2,)](whole, (halves, 0), 1024, BLOCK=512)
 
 
+@triton.jit
+def narrower_kernel(X, DTYPE: tl.constexpr, APART: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr):
+    """Each program stores its own BLOCK elements of X as they are, then as many of DTYPE from APART * program on."""
+    i, program = tl.arange(0, BLOCK), tl.program_id(0)
+    tl.store(X + program * BLOCK + i, 1.0)
+    p = X.to(tl.pointer_type(DTYPE), bitcast=True)
+    tl.store(p + APART * program + i // LANES, program.to(DTYPE))
+
+
+@pytest.mark.parametrize("dtype", [tl.int16, tl.int8], ids=str)
+def test_races_through_a_pointer_to_something_narrower(dtype: tl.dtype) -> None:
+    x, parts = torch.zeros(64), 4 // (dtype.primitive_bitwidth // 8)
+    with simulated_gpu(compiles=False):
+        narrower_kernel[(2,)](x, dtype, 32 * parts, LANES=1, BLOCK=32)  # in its own elements
+        assert x[32] != 1
+        with pytest.raises(KernelFault, match=r"narrower_kernel: store to X\[31\] by program 1 at .* 0 has written"):
+            narrower_kernel[(2,)](x, dtype, 32 * parts - 1, LANES=1, BLOCK=32)
+        with pytest.raises(KernelFault, match=r"store to X\[0\] by program 0 at .* several lanes of one store"):
+            narrower_kernel[(2,)](x, dtype, 32 * parts, LANES=2, BLOCK=32)
+
+
 def test_lanes_of_one_store_that_meet():
     x, y, i = torch.randn(256), torch.zeros(256), torch.arange(256)
     with simulated_gpu():
