@@ -122,8 +122,11 @@ class Builder(triton_interpreter.InterpreterBuilder):
         if to == tl.bfloat16:
             x = decode(src)
             return encode(x if x.dtype.kind == "f" else x.astype(np.float64), to)
+        x, dtype = decode(src), triton_interpreter._get_np_dtype(to)
+        if x.dtype.kind == "f" and dtype.kind in "iu" and to.is_int():
+            return TensorHandle(numerics.to_integers(x, dtype), to)
         if is_bfloat16(src):
-            return TensorHandle(decode(src).astype(triton_interpreter._get_np_dtype(to)), to)
+            return TensorHandle(x.astype(dtype), to)
         return super().cast_impl(src, dst_type)
 
     def create_fp_to_fp(self, src: TensorHandle, dst_type: tl.dtype, rounding_mode: Any) -> TensorHandle:

@@ -46,6 +46,15 @@ def round_to(x: Array, dtype: np.dtype[Any], bfloat16: bool) -> Array:
     return narrow(x) if bfloat16 else x.astype(dtype, copy=False)
 
 
+def to_integers(x: Array, dtype: np.dtype[Any]) -> Array:
+    """Floats cut to integers: NaN is 0, what is out of range is the nearest there is, and of marked lanes `poison`."""
+    least, most = (dtype.type(n) for n in (np.iinfo(dtype).min, np.iinfo(dtype).max))
+    low, high = float(least), float(most)
+    y = np.where((x > low) & (x < high), x, 0).astype(dtype)
+    y = np.where(x >= high, most, np.where(x <= low, least, y))
+    return np.where(is_poison(x), poison(dtype, False), y).astype(dtype)
+
+
 _libm_fma = ctypes.CDLL(None).fma
 _libm_fma.restype, _libm_fma.argtypes = ctypes.c_double, (ctypes.c_double,) * 3
 _fma_float64 = np.frompyfunc(_libm_fma, 3, 1)

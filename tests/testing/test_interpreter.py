@@ -120,6 +120,20 @@ def test_integers_become_bfloat16_and_back():
     assert back[:2].tolist() == [-7, 2**24]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("to", [torch.uint8, torch.int16, torch.int32, torch.int64], ids=str)
+def test_floats_that_are_no_integer_of_the_type_become_the_nearest(dtype, to):
+    """As the compiled code makes them; nan becomes 0."""
+    x = torch.tensor([math.nan, math.inf, -math.inf, 1e20, -1e20, 2.0**31, -1.5, 99.5], dtype=dtype)
+    found = []
+    for engine in ("interpreter", "ptx"):
+        with simulated_gpu(engine=engine):
+            cast_kernel[(1,)](x, y := torch.empty(8, dtype=to), BLOCK=8)
+        found.append(y.tolist())
+    least, most = torch.iinfo(to).min, torch.iinfo(to).max
+    assert found[0] == found[1] == [0, most, least, most, least, min(2**31, most), max(-1, least), 99]
+
+
 def test_bfloat16_arithmetic():
     x, y = every_kind_of_float(torch.bfloat16), every_kind_of_float(torch.bfloat16, seed=1)
     x[100:3000], y[100:3000] = torch.randn(2, 2900).bfloat16()
