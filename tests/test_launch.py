@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
@@ -200,6 +201,26 @@ def test_halves_of_a_tensor_are_each_aligned_or_not(monkeypatch: pytest.MonkeyPa
             y = ro.swiglu(x)
             assert_near(y.detach(), (torch.nn.functional.silu(gate) * up).float())
             y.sum().backward()
+
+
+def test_threads(kernels: Path) -> None:
+    """Four at once: the same launches are prepared, and then replayed, by all of them."""
+    done = []
+
+    def work(seed: int) -> None:
+        for n in range(20):
+            size = 6, 8 + n % 3
+            a, b, dy = (torch.randn(size, generator=generators[seed]).to(kernels.device) for _ in range(3))
+            check(a.requires_grad_(), b.requires_grad_(), dy=dy)
+        done.append(seed)
+
+    generators = [torch.Generator().manual_seed(seed) for seed in range(4)]
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(done) == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("first", [ro.layer_norm, ro.add_layer_norm])

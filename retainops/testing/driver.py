@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
 from retainops import dispatch
-from retainops.testing.frontend import compiling
+from retainops.testing.frontend import compiling, launching
 
 TARGETS = {
     **{f"sm_{n}": GPUTarget("cuda", n, 32) for n in (80, 86, 89, 90, 100, 120)},
@@ -75,17 +75,19 @@ class SimulatedDriver(DriverBase):
 
     def launcher_cls(self, src: Any, metadata: Any) -> Callable[..., None]:
         def launch(gx, gy, gz, stream, function, packed, launch_metadata, on_enter, on_exit, *args):
-            kernels = (k for cache in src.fn.device_caches.values() for k in cache[0].values())
-            kernel = next(k for k in kernels if k.src is src)
+            with launching:  # another thread's compiler adds to these
+                kernels = (k for cache in src.fn.device_caches.values() for k in cache[0].values())
+                kernel = next(k for k in kernels if k.src is src)
             # Triton keeps a launcher with the compiled kernel: run the launch under the driver of the moment.
             triton.runtime.driver.active.launched(src.fn, (gx, gy, gz), args, kernel)
 
         return launch
 
     def launched(self, fn: triton.JITFunction, grid: tuple[int, int, int], args: tuple[Any, ...], kernel: Any) -> None:
-        """Execute a launch and record it."""
+        """Execute a launch and record it; other threads wait for it, as they would for a GPU's stream."""
         launch = Launch(fn, grid, args, kernel)
-        self.execute(launch)
+        with launching:
+            self.execute(launch)
         self.launches.append(replace(launch, args=()))  # a record that held tensors would keep them alive
 
     @classmethod

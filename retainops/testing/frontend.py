@@ -7,6 +7,8 @@ that a whole compile takes. It is for tests that execute many kernels and read n
 from __future__ import annotations
 
 import contextlib
+import functools
+import threading
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -68,14 +70,23 @@ def ttir(kernel: Translated) -> str:
 
 
 _compile = JITFunction._do_compile
+launching = threading.RLock()
+"""Held by the thread that launches. A kernel is interpreted in a changed triton.language, of which there is one, and in
+which no other thread may translate, nor ask what a kernel refers to."""
 
 
 @contextlib.contextmanager
 def compiling(whole: bool) -> Iterator[None]:
-    """Inside the `with`, a launch compiles its kernel as ever, or translates it only."""
-    before = JITFunction._do_compile
-    JITFunction._do_compile = _compile if whole else _translate
+    """Inside the `with`, a launch compiles its kernel as ever, or translates it only; one at a time."""
+    compile, run = JITFunction._do_compile, JITFunction.run
+
+    @functools.wraps(run)
+    def run_alone(self: JITFunction, *args: Any, **kwargs: Any) -> Any:
+        with launching:
+            return run(self, *args, **kwargs)
+
+    JITFunction._do_compile, JITFunction.run = _compile if whole else _translate, run_alone
     try:
         yield
     finally:
-        JITFunction._do_compile = before
+        JITFunction._do_compile, JITFunction.run = compile, run

@@ -29,6 +29,8 @@ def simulated_gpu(
     exp, log, tanh, erf, sqrt, rsqrt, ..., libdevice's too) in float64, rounded once to the operand's type: the accuracy
     of the GPU's own sin is not its business, nor is the order in which it sums.
 
+    Threads may share one `with`: they launch one at a time.
+
     Args:
         target: the architecture to compile for, one of `retainops.testing.driver.TARGETS`.
         engine: what executes a launch: "interpreter", "ptx" (the compiled PTX itself, `retainops.testing.ptx`), or a

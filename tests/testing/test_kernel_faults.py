@@ -320,3 +320,27 @@ def test_a_compiled_kernel_started_with_other_numbers() -> None:
             compiled[(1, 1, 1)](Operand(x.ptr, (1,)), y, 48, 2, 64)
         compiled[(1, 1, 1)](x, y, 16, 5, 64)
     assert torch.equal(y[:16], x.ptr[:80:5])
+
+
+def made(factor: tl.constexpr) -> triton.JITFunction:
+    @triton.jit
+    def times(x):
+        return x * factor
+
+    return times
+
+
+@triton.jit
+def apply_kernel(X, FUNCTION: tl.constexpr):
+    tl.store(X, FUNCTION(tl.load(X)))
+
+
+def test_a_function_made_again_is_the_same_constant() -> None:
+    """As two threads may make it at once; another one is not."""
+    x, two, three = torch.ones(1), tl.constexpr(2.0), tl.constexpr(3.0)
+    with simulated_gpu(compiles=False):
+        compiled = apply_kernel[(1,)](x, FUNCTION=made(two))
+        compiled[(1, 1, 1)](x, made(two))
+        assert x == 4
+        with pytest.raises(KernelFault, match="FUNCTION is JITFunction.*; the kernel was compiled for JITFunction"):
+            compiled[(1, 1, 1)](x, made(three))
