@@ -16,19 +16,23 @@ from bench.forecast import GPU, forecasts
 from retainops.dispatch import HAS_TRITON
 from retainops.registry import find
 
+SECONDS = 140.0
+"""In which all cases are started."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmarks, keep their results, and print and draw them.
 
     Args:
-        argv: the options; those it does not know go to pytest (`-k mul_sin`). With those, or `--quick`, the results do
-            not take the place of those in bench/results/: they go to `--results`, or to a new folder.
+        argv: the options; those it does not know go to pytest (`-k mul_sin`). With those, `--quick`, or less time, the
+            results do not take the place of those in bench/results/: they go to `--results`, or to a new folder.
 
     Returns:
         0; pytest's exit status where a benchmark failed (the others are reported); 1 where nothing was measured.
     """
     options, for_pytest = _parser().parse_known_args(argv)
-    folder = shared.results_folder(options.results, whole=not options.quick and not for_pytest)
+    whole = not options.quick and not for_pytest and options.seconds >= SECONDS
+    folder = shared.results_folder(options.results, whole=whole)
     print(f"measuring on {record.device_name()}", flush=True)
     if options.warm:
         warm = ["--bench-warm", "-n", str(options.warm), "--dist=loadgroup", "-q"]
@@ -51,7 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench.run", description=__doc__, allow_abbrev=False)
     shared.add_results(parser)
-    parser.add_argument("--seconds", type=float, default=140.0, help="start no case after this many (default 140)")
+    parser.add_argument(
+        "--seconds", type=float, default=SECONDS, help=f"start no case after this many (default {SECONDS:g})"
+    )
     parser.add_argument("--quick", action="store_true", help="tiny sizes, one round: whether it runs, not how fast")
     parser.add_argument("--warm", type=int, default=0, metavar="N", help="first compile everything, in N processes")
     parser.add_argument("--threads", type=int, default=0, help="of PyTorch on a CPU (default: its own choice)")

@@ -27,7 +27,6 @@ def cross_entropy_fwd_kernel(
     MAX,
     LOGSUM,
     SHARE,
-    BASE,
     SHAPE,
     DTYPE: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -43,8 +42,7 @@ def cross_entropy_fwd_kernel(
     """The loss of BLOCK_M rows; their maxima, log-sums and weights for backward.
 
     Not ALL_CLASSES: the columns are the classes from FIRST on. The places of loss, log-sum and weight then hold the sum
-    of the (weighted) logits, less BASE, that of exp(z - m), and z of the target, so far; what follows from them is the
-    host's.
+    of the (weighted) logits, that of exp(z - m), and z of the target, so far; what follows from them is the host's.
     """
     i = tl.program_id(0)
     at = straight_tile(i, 0, SHAPE, BLOCK_M, BLOCK_N, WHOLE)
@@ -56,8 +54,6 @@ def cross_entropy_fwd_kernel(
     totals = tl.zeros((BLOCK_M, BLOCK_N // group), DTYPE)
     rests = tl.zeros((BLOCK_M, BLOCK_N // group), DTYPE)
     base = tl.zeros((BLOCK_M, 1), DTYPE)
-    if SMOOTHED and not ALL_CLASSES:
-        base += load(BASE, at, SHAPE, DTYPE, BLOCK_M, 1)  # 0 before the first block
     for n in range(0, SHAPE[-1], BLOCK_N):
         here = straight_tile(i, n, SHAPE, BLOCK_M, BLOCK_N, WHOLE)
         x = load(X, here, SHAPE, DTYPE, BLOCK_M, BLOCK_N)
@@ -71,8 +67,8 @@ def cross_entropy_fwd_kernel(
         maxima = above
         if SMOOTHED:
             # Differences from a number near the maximum: a large one in all logits would cancel.
-            if n == 0:  # noqa: SIM102  (one is known to the compiler, the other to the program)
-                if ALL_CLASSES or FIRST == 0:
+            if ALL_CLASSES:  # noqa: SIM102  (one is known to the compiler, the other to the program)
+                if n == 0:
                     base = finite(tl.max(above, axis=1, keep_dims=True))
             terms = weighted(W, z - base, here, SHAPE, DTYPE, BLOCK_M, BLOCK_N)
             if not WHOLE:
@@ -108,8 +104,6 @@ def cross_entropy_fwd_kernel(
         store(LOGSUM, logsum, at, SHAPE, BLOCK_M, 1)
         store(SHARE, share, at, SHAPE, BLOCK_M, 1)
     else:
-        if SMOOTHED:
-            store(BASE, base, at, SHAPE, BLOCK_M, 1)
         store(LOSS, rest, at, SHAPE, BLOCK_M, 1)
         store(LOGSUM, total, at, SHAPE, BLOCK_M, 1)
         store(SHARE, tl.where(there, picked, load(SHARE, at, SHAPE, DTYPE, BLOCK_M, 1)), at, SHAPE, BLOCK_M, 1)

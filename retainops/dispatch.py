@@ -67,7 +67,7 @@ def backend(name: str) -> Iterator[None]:
     Args:
         name: "auto" (the kernels where they can, else the reference), "triton" (the kernels, or an error that
             says why not), "reference". The environment variable RETAINOPS_BACKEND sets the default; where
-            that is unknown, the first call raises.
+            that is unknown, the first eager call of an op raises.
 
     Raises:
         ValueError: an unknown name.

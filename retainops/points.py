@@ -45,8 +45,8 @@ class Tap(torch.autograd.Function):
             return None, None, None, None, None
         saved = ctx.saved_tensors  # once: a checkpoint refuses to unpack a second time
         value = saved[0] if saved else None
-        onwards = ctx.slot.apart(grad)
-        return onwards, ctx.slot.deposit(ctx.op, grad, value, ctx.leaf), None, None, None
+        grad = ctx.slot.apart(grad)
+        return grad, ctx.slot.deposit(ctx.op, grad, value, ctx.leaf), None, None, None
 
     @staticmethod
     def jvp(ctx: Any, x_t: torch.Tensor, *_: Any) -> torch.Tensor:

@@ -254,6 +254,8 @@ def test_what_is_refused() -> None:
     assert "the mask is float64" in why(mask=torch.zeros(37, 37, dtype=torch.float64))
     assert "heads of 1 to 256" in why(q=scores.q.repeat(1, 1, 1, 32), k=scores.k.repeat(1, 1, 1, 32))
     assert "needed" in why(q=scores.q[:, :, :0])
+    long = scores.q[:, :, :1].expand(-1, -1, 2**29 + 1, -1)
+    assert "536870913 queries and 37 keys; the kernels count to 536870912" in why(q=long, do=long)
 
 
 def test_infinite_values_stay_with_their_key() -> None:

@@ -24,7 +24,9 @@ def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]
     return kept, temporary
 
 
-@pytest.mark.parametrize("given", [[], ["--note", "x", "--threads", "1"], ["--quick"], ["-k", "mul_sin"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "given", [[], ["--note", "x", "--threads", "1"], ["--quick"], ["-k", "mul_sin"], ["--seconds", "5"]], ids=" ".join
+)
 def test_a_quick_run_and_a_selection_go_to_a_folder_of_their_own(
     given: list[str], places: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

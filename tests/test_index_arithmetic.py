@@ -95,6 +95,7 @@ OTHERS: dict[str, Callable[[], Any]] = {
     "norm, columns apart": lambda: backward(ro.layer_norm, SPARSE_ROWS, WIDE, WIDE, retain=ro.Retained("xhat")),
     "norm, long": lambda: backward(ro.rms_norm, torch.randn(2, 262144, requires_grad=True)),
     "groups": lambda: backward(ro.group_norm, IMAGES, 4, W[:64], W[:64], retain=ro.Retained("xhat")),
+    "groups of one tile": lambda: backward(ro.group_norm, IMAGES[..., :8, :8], 4, W[:64], retain=ro.Retained("xhat")),
     "groups, channels last": lambda: backward(ro.group_norm, LAST, 4, W[:64], W[:64], retain=ro.Retained("xhat")),
     "losses": lambda: backward(ro.cross_entropy, ROWS, T, weight=torch.rand(1000), label_smoothing=0.1, softcap=30.0),
     "losses of images": lambda: backward(

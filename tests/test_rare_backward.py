@@ -89,21 +89,33 @@ def test_into_the_gradient_itself(path: Path) -> None:
     """The buffer changes while the gradient is on its way; what goes on is the gradient as it came."""
     x = torch.randn(3, 4, device=path.device, requires_grad=True)
     w = torch.ones(4, device=path.device)
-    for into in ("point", "joined", "summed"):
+    for into in ("point", "summed"):
         total = torch.ones(3, 4, device=path.device)
         kept = ro.Retained(**{"summed" if into == "summed" else "c": ro.Into(total, accumulate=True)})
         x.grad = None
         if into == "point":
             y, slope = ro.point(x * 2, "c", retain=kept), 2
-        elif into == "joined":
-            model = torch.nn.Sequential(torch.nn.Identity(), ro.nn.Point())
-            with ro.retain(model, {"1": ro.Into(total, accumulate=True)}), ro.retain(model, "1"):
-                y, slope = model(x * 2), 2
         else:
             y, slope = ro.add_rms_norm(x, x.detach() * 0, w, retain=kept)[1], 1
         y.backward(total)
         assert torch.equal(x.grad, torch.full_like(x, slope)), into
         assert torch.equal(total, torch.full_like(x, 2)), into
+
+
+def test_into_the_gradient_itself_of_two_requests(path: Path) -> None:
+    norm, x = ro.nn.AddRMSNorm(4).to(path.device), torch.randn(3, 4, device=path.device, requires_grad=True)
+    for into_first in (True, False):
+        total = torch.ones(3, 4, device=path.device)
+        asked = [{"summed": ro.Into(total, accumulate=True)}, "summed"]
+        outer, inner = asked if into_first else asked[::-1]
+        with ro.retain(norm, outer) as one, ro.retain(norm, inner) as other:
+            summed = norm(x, torch.zeros_like(x))[1]
+        x.grad = None
+        summed.backward(total)
+        kept = other if into_first else one
+        assert torch.equal(kept["summed"].grad, torch.ones_like(x))
+        assert torch.equal(x.grad, torch.ones_like(x))
+        assert torch.equal(total, torch.full_like(x, 2))
 
 
 def test_a_fake_pass_and_a_real_one(path: Path) -> None:

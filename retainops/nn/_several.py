@@ -100,6 +100,8 @@ class Join(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         if grad is None:
             return (None,) * (2 + len(ctx.slots))
+        for slot in ctx.slots:
+            grad = slot.apart(grad)
         return None, None, *(_hand_over(ctx.op, slot, grad) for slot in ctx.slots)
 
 

@@ -80,7 +80,7 @@ def forward(layer: Layer, loss: Loss, chunk: int | None, kernels: bool) -> Rows:
         kernels: use them, if they can.
     """
     n, on_kernels = len(layer.x), kernels and kernels_can(layer, loss)
-    loss = begin(loss)
+    begin(loss.rows)
     with torch.autocast(layer.x.device.type, enabled=False):
         for at, columns in Cut.of(chunk, n, loss.classes, layer.x.device).blocks(n, loss.classes):
             z, part = layer.block(at, columns).logits(), loss.block(at, columns)

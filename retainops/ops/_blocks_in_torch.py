@@ -33,13 +33,11 @@ class Keeper(Protocol):
         """Take the present block's; the value is None unless it is wanted."""
 
 
-def begin(loss: Loss) -> Loss:
+def begin(rows: Rows) -> None:
     """Before the first block."""
-    rows = loss.rows
     rows.max.fill_(-float("inf"))
     for row in (rows.loss, rows.logsum, rows.share):
         row.zero_()
-    return loss._replace(base=torch.zeros_like(rows.max) if loss.options.label_smoothing else None)
 
 
 def ended(loss: Loss) -> Rows:
@@ -49,8 +47,8 @@ def ended(loss: Loss) -> Rows:
     found = shares(loss.target, loss.weight, given.ignore_index, loss.classes, m.dtype)
     share, kept = found[0].unsqueeze(-1), found[1].unsqueeze(-1)
     losses = (1 - given.label_smoothing) * share * (logsum - (picked - m))
-    if loss.base is not None:
-        losses = losses + given.label_smoothing / loss.classes * (loss.weights * ((m - loss.base) + logsum) - rest)
+    if given.label_smoothing:
+        losses = losses + given.label_smoothing / loss.classes * (loss.weights * (m + logsum) - rest)
     if given.z_loss:
         losses = losses + given.z_loss * (m + logsum).square()
     return Rows(losses.masked_fill(~kept, 0.0), m, logsum, share)
@@ -60,18 +58,13 @@ def forward_in_place(z: Tensor, loss: Loss) -> None:
     """Bring the loss's rows up to date with the logits z, which are lost."""
     z = _softcapped(z, loss.options.softcap)[0].to(loss.rows.max.dtype)
     rest, m, total, picked = loss.rows
+    if loss.options.label_smoothing:
+        rest += (z if loss.weight is None else z * loss.weight.to(z.dtype)).sum(-1, keepdim=True)
     place, there = _place(z, loss)
     picked.copy_(torch.where(there, z.gather(-1, place), picked))
     above = torch.maximum(m, z.amax(-1, keepdim=True))
     finite = above.masked_fill(above == -float("inf"), 0.0)
-    left = finite
-    if loss.base is not None:
-        if loss.first == 0:
-            loss.base.copy_(finite)
-        z.sub_(loss.base)
-        rest += (z if loss.weight is None else z * loss.weight.to(z.dtype)).sum(-1, keepdim=True)
-        left = finite - loss.base
-    total.mul_((m - finite).exp_()).add_(z.sub_(left).exp_().sum(-1, keepdim=True))
+    total.mul_((m - finite).exp_()).add_(z.sub_(finite).exp_().sum(-1, keepdim=True))
     m.copy_(above)
 
 

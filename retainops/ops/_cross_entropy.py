@@ -45,8 +45,8 @@ class Options(NamedTuple):
 class Rows(NamedTuple):
     """What forward leaves of each row, (..., 1): its loss, and what backward needs: maximum, log-sum and weight.
 
-    While logits come block by block, these hold what is known so far: the sum of the weighted logits, less `Loss.base`,
-    their maximum m, the sum of exp(z - m), and z of the target.
+    While logits come block by block, these hold what is known so far: the sum of the weighted logits, their maximum m,
+    the sum of exp(z - m), and z of the target.
     """
 
     loss: Tensor
@@ -72,8 +72,6 @@ class Loss(NamedTuple):
         weights: the sum of the weights of all classes.
         classes: how many there are in all.
         first: the first class in hand.
-        base: of rows that come block by block and are smoothed: a number near each row's logits, the maximum of its
-            first block. What is large in all of them would cancel.
     """
 
     target: Tensor
@@ -83,7 +81,6 @@ class Loss(NamedTuple):
     weights: Tensor | float
     classes: int
     first: int = 0
-    base: Tensor | None = None
 
     @staticmethod
     def of(target: Tensor, weight: Tensor | None, options: Options, classes: int, rows: Rows) -> Loss:
@@ -97,8 +94,7 @@ class Loss(NamedTuple):
         """That of some rows, some of whose classes are in hand."""
         weight = None if self.weight is None else self.weight[columns]
         part = Rows(*(row[rows] for row in self.rows))
-        base = None if self.base is None else self.base[rows]
-        return self._replace(target=self.target[rows], weight=weight, rows=part, first=columns.start, base=base)
+        return self._replace(target=self.target[rows], weight=weight, rows=part, first=columns.start)
 
     def operands(self) -> tuple[Any, ...]:
         """What the kernels take between the logits and the rows."""
@@ -127,7 +123,7 @@ def rows_forward(logits: Tensor, loss: Loss, whole: bool = True) -> None:
         kernels.cross_entropy_fwd_kernel,
         logits.shape,
         held,
-        *(logits, *loss.operands(), *loss.rows, loss.base),
+        *(logits, *loss.operands(), *loss.rows),
         walked=tiling.walk,
         programs=row_tiles,
         WHOLE=covers,

@@ -195,9 +195,9 @@ class Norm:
         dsummed, _, *rest = _fused.through_reference(op, inputs, (True, False, *needed[2:]), asked, others, dys)
         at = len(inputs) - 2
         if dsummed is not None:
-            slot, arrived = slots["summed"], dsummed
-            dsummed = slot.apart(arrived)
-            rest[at] = slot.deposit(op.name, arrived, inputs[0], leaves["summed"])
+            slot = slots["summed"]
+            dsummed = slot.apart(dsummed)
+            rest[at] = slot.deposit(op.name, dsummed, inputs[0], leaves["summed"])
         return [dsummed if need else None for need in needed[:2]] + rest
 
     def launch_backward(

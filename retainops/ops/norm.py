@@ -168,9 +168,10 @@ def rms_norm_reference(x: Any, weight: Any, eps: float, offset: float, round_fir
     y = point("y", xhat.to(x.dtype) if round_first else xhat)
     if weight is None:
         return y.to(x.dtype)
-    # In float32 in either case, where 1 + a small weight has room.
-    y_dtype = torch.promote_types(x.dtype, weight.dtype) if round_first else x.dtype
-    return (y * (weight.to(torch.promote_types(held.dtype, weight.dtype)) + offset)).to(y_dtype)
+    if not round_first:
+        return (y * (weight.to(held.dtype) + offset)).to(x.dtype)
+    wide = weight.to(torch.promote_types(held.dtype, weight.dtype)) + offset  # where 1 + a small weight has room
+    return (y * wide).to(torch.promote_types(x.dtype, weight.dtype))
 
 
 def layer_norm_reference(x: Any, weight: Any, bias: Any, eps: float, point: Point) -> Tensor:
@@ -200,7 +201,10 @@ def around_mean(x: Tensor, mean: Callable[[Tensor], Tensor]) -> tuple[Tensor, Te
 
 
 def rsqrt(x: Tensor) -> Tensor:
-    """torch.rsqrt(x), to the bit, with the derivative of 1 / sqrt(x): its own has a cube, of 1e14 inf in float32."""
+    """torch.rsqrt(x) of x > 0, to the bit, with the derivative of 1 / sqrt(x).
+
+    Its own has a cube, which of 1e14 is inf in float32.
+    """
     r = torch.sqrt(x).reciprocal()
     return r + (torch.rsqrt(x.detach()) - r.detach())
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from retainops.testing.driver import Launch, driver
 from retainops.testing.frontend import ttir
-from retainops.testing.ranges import Range, Ranges, Value, bits_of
+from retainops.testing.ranges import NotFollowed, Range, Ranges, Value, bits_of, whole
 from retainops.testing.ttir import Module
 
 SIZES: Range = (0, 2**31 - 2**16)
@@ -39,7 +39,7 @@ class Overflow:
     operation: str
     bits: int
     lines: tuple[str, ...]
-    range: tuple[int, int]
+    range: tuple[float, float]
 
     def __str__(self) -> str:
         where = ", called from ".join(self.lines) or "an unknown line"
@@ -65,13 +65,15 @@ def overflows(
         target: one of `retainops.testing.driver.TARGETS`.
 
     Returns:
-        What may overflow, none twice. Values read from memory, carried by a `while` loop, or made by an operation that
-        is not followed may be anything that fits their type. An empty list is a proof within these terms; an entry
-        need not be a fault: that `a // b * b` is no more than a is not known here.
+        What may overflow, none twice. Values read from memory may be anything that fits their type; integers of 64
+        bits, and what becomes of floats, are not looked at. An empty list is a proof within these terms. An entry need
+        not be a fault, that `a // b * b` is no more than a is not known here, and may be no more than a consequence of
+        the one before: what overflowed may be anything.
 
     Raises:
-        ValueError: an unknown target, the call launched no kernel, or an argument of this very call is outside its
-            bounds.
+        ValueError: an unknown target, the call launched no kernel, an argument of this very call is outside its
+            bounds, or a kernel has what is not followed: a `while` loop, an early return, functions that are not
+            inlined, scans, gathers, atomics, tensor descriptors.
 
     Example:
         >>> overflows(lambda: ro.mul_sin(a, b).sum().backward())
@@ -86,8 +88,16 @@ def overflows(
         known = launch.kernel in modules
         module = modules[launch.kernel] = modules[launch.kernel] if known else Module(ttir(launch.kernel))
         arguments = _bounds(launch, module, bounds)
-        if not known:
+        if known:
+            return
+        try:
             found.update(dict.fromkeys(_overflows(launch.name, module, Ranges(module, arguments, *programs))))
+        except NotFollowed as e:
+            lines = ", called from ".join(module.where(e.operation.location)) or "an unknown line"
+            raise ValueError(
+                f"overflows: {launch.name} has {e.operation.name} at {lines}, which is not followed; see "
+                "docs/verification.md"
+            ) from None
 
     with driver(target, execute, compiles=False):
         call()
@@ -103,7 +113,9 @@ def _bounds(launch: Launch, module: Module, bounds: Mapping[str, Range]) -> list
     flat = [each for name, x in pairs for each in _flat(name, x, types[name])]
     for (name, x), (_, type_) in zip(flat, module.arguments, strict=True):
         bits = bits_of(type_)
-        low, high = _bound(bounds, name) if bits == 32 else (0, ADDRESSES if bits else 0)
+        if not isinstance(x, int) and bits:
+            raise ValueError(f"overflows: {launch.name} got {name}, a {type(x).__name__}, which is not followed")
+        low, high = _bound(bounds, name) if bits == 32 else (0, min(ADDRESSES, whole(bits)[1]))
         if bits and not low <= x <= high:
             raise ValueError(
                 f"overflows: {launch.name} got {name} = {x}, taken to be from {low} to {high}; "
@@ -134,7 +146,8 @@ def _overflows(kernel: str, module: Module, ranges: Ranges) -> list[Overflow]:
             continue
         seen.add(id(value))
         left += value.made_of
-        if value.wide is not None and value.bits < 64 and value.operation is not None:
+        bits = min((v.bits for v in (value, *value.made_of) if v.bits > 1), default=64)
+        if value.wide is not None and bits < 64 and value.operation is not None:
             lines = tuple(module.where(value.operation.location))
-            found.append(Overflow(kernel, value.operation.name, value.bits, lines, value.wide))
+            found.append(Overflow(kernel, value.operation.name, bits, lines, value.wide))
     return found

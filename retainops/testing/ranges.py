@@ -25,7 +25,23 @@ class Value:
     range: Range
     made_of: tuple[Value, ...] = ()
     operation: Operation | None = None
-    wide: Range | None = None
+    wide: tuple[float, float] | None = None
+
+
+class NotFollowed(Exception):
+    """An operation of which it is not known what it makes of integers."""
+
+    def __init__(self, op: Operation) -> None:
+        super().__init__(op.name)
+        self.operation = op
+
+
+NOT_FOLLOWED = ("cf.", "tt.call", "tt.atomic", "tt.descriptor", "tt.make_tensor_descriptor", "tt.gather", "tt.scan")
+"""How those begin: early returns, functions that are not inlined, and what touches memory otherwise."""
+_BRANCHING = ("scf.for", "scf.if")
+_REDUCING = ("tt.reduce",)
+_CHOOSING = {f"arith.{name}" for name in ("maxsi", "minsi", "andi", "ori", "cmpi", "select")}
+_UNSIGNED = ("arith.divui", "arith.remui", "arith.shrui", "arith.extui", "arith.maxui", "arith.minui")
 
 
 def whole(bits: int) -> Range:
@@ -64,30 +80,46 @@ class Ranges:
         """Evaluate; what the block hands on."""
         handed_on: tuple[Value, ...] = ()
         for op in block.operations:
-            if op.name.endswith((".yield", ".return", ".condition")):
+            if op.name.endswith((".yield", ".return")):
                 handed_on = self._of(op.operands)
-                self.steering += handed_on[:1] if op.name == "scf.condition" else ()
-            else:
-                self._values.update(zip(op.results, self._results(op), strict=False))
+                continue
+            results = list(self._results(op))
+            if len(results) < len(op.results) or any(name not in self._values for name in op.operands if not op.blocks):
+                raise NotFollowed(op)
+            self._values.update(zip(op.results, results, strict=False))
         return handed_on
 
     def _results(self, op: Operation) -> Iterable[Value]:
+        if op.name.startswith(NOT_FOLLOWED) or (op.blocks and op.name not in (*_BRANCHING, *_REDUCING)):
+            raise NotFollowed(op)
         if op.name == "scf.for":
             return self._loop(op)
-        values = self._of(name for name in op.operands if name in self._values)
+        values = self._of(op.operands)
         self.steering += _steers(op, values)
         if op.name == "scf.if":
             return [_union(op, each) for each in zip(*(self._block(b) for b in op.blocks), strict=True)]
-        if op.name == "scf.while":  # (%carried = %begun, ...)
-            values = self._of(op.operands[1::2])
-            self._values |= {
-                n: Value(v.bits, whole(v.bits), values, op) for n, v in zip(op.operands[::2], values, strict=True)
-            }
-        for block in op.blocks:  # of a loop, a reduction: what they carry can be anything
-            for name, type_ in block.arguments:
-                self._values[name] = Value(bits_of(type_), whole(bits_of(type_)), values, op)
-            self._block(block)
+        if op.blocks:
+            return self._reduced(op, values)
         return [self._value(op, type_, values) for type_ in op.types]
+
+    def _reduced(self, op: Operation, values: tuple[Value, ...]) -> list[Value]:
+        """Of a sum so many times what one element can be; of a maximum what one can be; of another any number."""
+        (block,) = op.blocks
+        names = {each.name for each in block.operations[:-1]}
+        results = []
+        for type_, value in zip(op.types, values, strict=True):
+            result = Value(bits_of(type_), whole(bits_of(type_)), values, op)
+            low: float
+            high: float
+            low, high = value.range
+            if names == {"arith.addi"}:
+                low, high = low * op.elements, high * op.elements
+            elif not names <= _CHOOSING:
+                low, high = -math.inf, math.inf
+            if result.bits > 1:
+                _settle(result, (low, high))
+            results.append(result)
+        return results
 
     def _value(self, op: Operation, type_: str, values: tuple[Value, ...]) -> Value:
         bits = bits_of(type_)
@@ -96,16 +128,16 @@ class Ranges:
             found = self._programs[op.name] if "x" in op.text.split() else (0, 65535)
         elif bits and op.name in _RULES:
             found = _RULES[op.name](op, *(v.range for v in values))
-        if found and bits > 1:
-            low, high = whole(bits)
-            if low <= found[0] and found[1] <= high:
-                value.range = found
-            else:
-                value.wide = found
+        if op.name in _UNSIGNED and any(v.range[0] < 0 for v in values if v.bits > 1):
+            value.wide = (0, 2 ** max(v.bits for v in values) - 1)  # a negative number is read as a large one
+        elif found and bits > 1:
+            _settle(value, found)
         return value
 
     def _loop(self, op: Operation) -> list[Value]:
         """What is carried from step to step is what it began with, if steps keep to that, or else anything."""
+        if "unsigned" in op.text:
+            raise NotFollowed(op)
         counter, first, end, step, *carried = op.operands
         names, begun = carried[::2], self._of(carried[1::2])
         start, stop, by = self._of((first, end, step))
@@ -131,12 +163,19 @@ class Ranges:
             ]
 
 
+def _settle(value: Value, found: tuple[float, float]) -> None:
+    """Give a value its range, if that fits."""
+    low, high = whole(value.bits)
+    if low <= found[0] and found[1] <= high:
+        value.range = int(found[0]), int(found[1])
+    else:
+        value.wide = found
+
+
 def _steers(op: Operation, values: tuple[Value, ...]) -> tuple[Value, ...]:
     """Those operands of an operation that decide where memory is touched, or whether."""
-    if op.name in ("tt.addptr", "tt.load"):
-        return tuple(v for v in values[1:] if op.name == "tt.addptr" or v.bits == 1)
-    if op.name == "tt.store":
-        return tuple(v for v in values[2:] if v.bits == 1)
+    if op.name in ("tt.load", "tt.store"):  # a pointer is made of its offsets, and of what chose it
+        return values[:1] + tuple(v for v in values[1 if op.name == "tt.load" else 2 :] if v.bits == 1)
     return values[:1] if op.name == "scf.if" else ()
 
 
@@ -183,15 +222,17 @@ def _both(_: Operation, *ranges: Range) -> Range | None:
     return (0, min(positive)) if positive else None
 
 
-def _shifted(of: Callable[[int, int], int]) -> Callable[..., Range | None]:
-    def rule(_: Operation, a: Range, b: Range) -> Range | None:
-        return (of(a[0], b[0]), of(a[1], b[0])) if b[0] == b[1] >= 0 else None
+def _shifted(of: Callable[[int, int], int]) -> Callable[..., Range]:
+    def rule(_: Operation, a: Range, b: Range) -> Range:
+        every = [of(x, min(max(y, 0), 64)) for x, y in product(a, b)]  # what else it is shifted by is undefined
+        return min(every), max(every)
 
     return rule
 
 
-def _unsigned(_: Operation, a: Range) -> Range | None:
-    return a if a[0] >= 0 else None
+def _unsigned(of: Callable[..., Range | None]) -> Callable[..., Range | None]:
+    """A rule for numbers that are not negative; of others see `_UNSIGNED`."""
+    return lambda op, *ranges: of(op, *ranges) if all(r[0] >= 0 for r in ranges) else None
 
 
 _RULES: dict[str, Callable[..., Range | None]] = {
@@ -207,7 +248,10 @@ _RULES: dict[str, Callable[..., Range | None]] = {
     "arith.andi": _both,
     "arith.shli": _shifted(operator.lshift),
     "arith.shrsi": _shifted(operator.rshift),
-    "arith.extui": _unsigned,
+    "arith.extui": _unsigned(_hull),
+    "arith.divui": _unsigned(_divided),
+    "arith.remui": _unsigned(_remainder),
+    "arith.shrui": _unsigned(_shifted(operator.rshift)),
     "arith.select": lambda op, _, a, b: _hull(op, a, b),
     **dict.fromkeys(
         ("arith.extsi", "arith.trunci", "tt.splat", "tt.broadcast", "tt.expand_dims", "tt.reshape", "tt.trans"), _hull

@@ -29,6 +29,7 @@ class Operation:
         types: of the results.
         text: as it is written, without results and types.
         location: what `Module.where` takes.
+        elements: of a reduction: how many go into one result.
         blocks: of its regions, in their order.
     """
 
@@ -39,6 +40,7 @@ class Operation:
     text: str
     location: str
     blocks: list[Block] = field(default_factory=list)
+    elements: int = 1
 
 
 class Module:
@@ -101,7 +103,16 @@ class Module:
         name = text.split()[0].split("(")[0].strip('"')
         types = _types_of_results(name, plain if blocks and "->" in plain else _ATTRIBUTES.sub("", signature))
         operands = re.findall(_NAME, text)
-        return Operation(name, _names(results), operands, types, body, location, blocks)
+        names = _names(results)
+        if len(types) == 1:  # "tt.split" writes one for both of its results
+            types = types * len(names)
+        return Operation(name, names, operands, types, body, location, blocks, _elements(body, signature))
+
+
+def _elements(text: str, signature: str) -> int:
+    """The size of the dim that a reduction takes away: "{axis = 1 : i32}", "(tensor<2x1024xi32>) -> ..."."""
+    axis, shape = re.search(r"axis = (\d+)", text), re.search(r"\(tensor<((?:\d+x)+)", signature)
+    return int(shape[1].split("x")[int(axis[1])]) if axis and shape else 1
 
 
 def _names(results: str) -> list[str]:

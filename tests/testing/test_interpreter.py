@@ -134,6 +134,18 @@ def test_floats_that_are_no_integer_of_the_type_become_the_nearest(dtype, to):
     assert found[0] == found[1] == [0, most, least, most, least, min(2**31, most), max(-1, least), 99]
 
 
+@pytest.mark.parametrize("to", [torch.uint8, torch.int8], ids=str)
+def test_eight_bits_are_cut_from_sixteen(to):
+    x = torch.tensor([300.0, -300.0, 70000.0, 200.0, -129.0, math.nan, -math.inf, 5.5])
+    found = []
+    for engine in ("interpreter", "ptx"):
+        with simulated_gpu(engine=engine):
+            cast_kernel[(1,)](x, y := torch.empty(8, dtype=to), BLOCK=8)
+        found.append(y.tolist())
+    assert found[0] == found[1]
+    assert found[0][0] == 44
+
+
 def test_bfloat16_arithmetic():
     x, y = every_kind_of_float(torch.bfloat16), every_kind_of_float(torch.bfloat16, seed=1)
     x[100:3000], y[100:3000] = torch.randn(2, 2900).bfloat16()

@@ -119,7 +119,107 @@ def test_loops() -> None:
     }
     assert found(carry_kernel, 4000, KEEPS=True) == []
     assert found(carry_kernel, 4000, KEEPS=False) != []
-    assert found(count_up_kernel, 4000) != []  # what a `while` carries is not followed
+
+
+@triton.jit
+def returns_early_kernel(X, Y, n, BLOCK: tl.constexpr):
+    if n * n < 5:
+        return
+    tl.store(Y + tl.arange(0, BLOCK), 0.0)
+
+
+@triton.jit(noinline=True)
+def times(a, b):
+    return a * b
+
+
+@triton.jit
+def calls_kernel(X, Y, n, BLOCK: tl.constexpr):
+    tl.store(Y + times(n, n) + tl.arange(0, BLOCK), 0.0)
+
+
+@triton.jit
+def counts_kernel(X, Y, n, BLOCK: tl.constexpr):
+    tl.atomic_add(Y + tl.arange(0, BLOCK), 1.0, mask=tl.arange(0, BLOCK) * n < 5)
+
+
+@triton.jit
+def scans_kernel(X, Y, n, BLOCK: tl.constexpr):
+    tl.store(Y + tl.cumsum(tl.full((BLOCK,), 1, tl.int32) * n), 0.0)
+
+
+@triton.jit
+def counts_down_kernel(X, Y, n, BLOCK: tl.constexpr):
+    for i in range(n.to(tl.uint32) - 5, n.to(tl.uint32) + 10):
+        tl.store(Y + i.to(tl.int64), 0.0)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "what"),
+    [
+        (count_up_kernel, "scf.while"),
+        (returns_early_kernel, "cf."),
+        (calls_kernel, "tt.call"),
+        (counts_kernel, "tt.atomic_rmw"),
+        (scans_kernel, "tt.scan"),
+    ],
+)
+def test_what_is_not_followed_is_said(kernel, what: str) -> None:
+    with pytest.raises(ValueError, match=rf"overflows: {kernel.__name__} has {what}.* at .*test_overflow.py:\d+"):
+        found(kernel, 4000)
+
+
+@triton.jit
+def sums_kernel(X, Y, n, SMALL: tl.constexpr, BLOCK: tl.constexpr):
+    each = tl.arange(0, BLOCK) % 7 if SMALL else tl.arange(0, BLOCK) * 0 + n
+    tl.store(Y + tl.sum(each), 0.0)
+    tl.store(Y + tl.max(each), 0.0)
+
+
+@triton.jit
+def splits_kernel(X, Y, n, BLOCK: tl.constexpr):
+    _, right = tl.split(tl.reshape(tl.arange(0, BLOCK) * n, (BLOCK // 2, 2)))
+    tl.store(Y + right, 0.0)
+
+
+@triton.jit
+def chooses_kernel(X, Y, n, BLOCK: tl.constexpr):
+    tl.store(tl.where(n * n > 4, X, Y) + tl.arange(0, BLOCK), 0.0)
+
+
+@triton.jit
+def branches_kernel(X, Y, n, BLOCK: tl.constexpr):
+    if n * n > 4:
+        tl.store(Y + tl.arange(0, BLOCK), 0.0)
+
+
+@triton.jit
+def shifts_kernel(X, Y, n, m, BLOCK: tl.constexpr):
+    tl.store(Y + (1 << (m & 31)) + tl.arange(0, BLOCK), 0.0)
+
+
+@triton.jit
+def unsigned_kernel(X, Y, n, BLOCK: tl.constexpr):
+    tl.store(Y + (n.to(tl.uint32) - 5) // 2 + tl.arange(0, BLOCK), 0.0)
+
+
+@triton.jit
+def flag_kernel(X, Y, n, flag, BLOCK: tl.constexpr):
+    tl.store(Y + flag.to(tl.int32) * 2 + tl.arange(0, BLOCK), 0.0, mask=tl.arange(0, BLOCK) < n)
+
+
+@triton.jit
+def grid_kernel(X, Y, n, BLOCK: tl.constexpr):
+    tl.store(Y + tl.program_id(1) * 40000 + tl.arange(0, BLOCK), 0.0)
+
+
+def test_all_that_steers() -> None:
+    assert found(sums_kernel, 5, SMALL=True) == []
+    assert "tt.reduce" in {operation for operation, _ in found(sums_kernel, 5, SMALL=False)}
+    for kernel in (splits_kernel, chooses_kernel, branches_kernel, unsigned_kernel, counts_down_kernel, grid_kernel):
+        assert found(kernel, 5) != [], kernel.__name__
+    assert found(shifts_kernel, 5, 6) != []
+    assert found(flag_kernel, 5, True) == []
 
 
 def test_what_may_not_and_what_steers_nothing() -> None:
