@@ -252,9 +252,11 @@ def _register(call: Any, formula: str, reference: Any, norm: Norm, **interiors: 
 def _refuses(norm: Norm, *inputs: Any) -> str | None:
     if norm.residual and inputs[0].shape != inputs[1].shape:
         return "x and residual are of different shapes"
-    x, _, weight, *_, round_first = norm.parts(inputs)
-    if round_first and weight is not None and weight.dtype == torch.float64 != x.dtype:
-        return f"round_first with a weight of torch.float64 and x of {x.dtype}, and the kernels hold both as x's"
+    rest = inputs[1 + norm.residual :]
+    if not norm.centred and len(rest) == 4:  # `explain` may have left out what has a default
+        weight, _, _, round_first = rest
+        if round_first and weight is not None and weight.dtype == torch.float64 != inputs[0].dtype:
+            return f"round_first with a weight of torch.float64 and x of {inputs[0].dtype}: the kernels hold both as x"
     return refuses_rows(inputs[0]) or refuses_dtypes(*(x for x in inputs if x is not None))
 
 
