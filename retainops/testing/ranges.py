@@ -40,7 +40,8 @@ NOT_FOLLOWED = ("cf.", "tt.call", "tt.atomic", "tt.descriptor", "tt.make_tensor_
 """How those begin: early returns, functions that are not inlined, and what touches memory otherwise."""
 _BRANCHING = ("scf.for", "scf.if")
 _REDUCING = ("tt.reduce",)
-_CHOOSING = {f"arith.{name}" for name in ("maxsi", "minsi", "andi", "ori", "cmpi", "select")}
+_CHOOSING = {f"arith.{name}" for name in ("maxsi", "minsi", "select", "cmpf")}
+"""Whose results, if they are integers, are some of the operands."""
 _UNSIGNED = ("arith.divui", "arith.remui", "arith.shrui", "arith.extui", "arith.maxui", "arith.minui")
 
 
@@ -105,7 +106,7 @@ class Ranges:
     def _reduced(self, op: Operation, values: tuple[Value, ...]) -> list[Value]:
         """Of a sum so many times what one element can be; of a maximum what one can be; of another any number."""
         (block,) = op.blocks
-        names = {each.name for each in block.operations[:-1]}
+        names = {each.name for each in block.operations[:-1] if each.types != ["i1"]}
         results = []
         for type_, value in zip(op.types, values, strict=True):
             result = Value(bits_of(type_), whole(bits_of(type_)), values, op)
@@ -128,7 +129,8 @@ class Ranges:
             found = self._programs[op.name] if "x" in op.text.split() else (0, 65535)
         elif bits and op.name in _RULES:
             found = _RULES[op.name](op, *(v.range for v in values))
-        if op.name in _UNSIGNED and any(v.range[0] < 0 for v in values if v.bits > 1):
+        unsigned = op.name in _UNSIGNED or op.text.startswith("arith.cmpi u")
+        if unsigned and any(v.range[0] < 0 for v in values if v.bits > 1):
             value.wide = (0, 2 ** max(v.bits for v in values) - 1)  # a negative number is read as a large one
         elif found and bits > 1:
             _settle(value, found)
@@ -198,7 +200,6 @@ def _corners(of: Callable[[int, int], int]) -> Callable[..., Range]:
 def _divided(_: Operation, a: Range, b: Range) -> Range | None:
     divisors = {y for y in (*b, 1, -1) if b[0] <= y <= b[1] and y}
     every = [int(math.copysign(1, x) * math.copysign(1, y)) * (abs(x) // abs(y)) for x, y in product(a, divisors)]
-    every += [0] if a[0] <= 0 <= a[1] else []
     return (min(every), max(every)) if every else None
 
 

@@ -7,6 +7,7 @@ interpreter executes the source with what came, so it would look right.
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Iterator
 from typing import Any
 
@@ -68,7 +69,7 @@ def _is_of(x: Any, ty: Any) -> bool:
         bits, signed = int(ty[1:]), ty[0] == "i" and ty != "i1"
         return isinstance(x, int) and (-(2 ** (bits - 1)) <= x < 2 ** (bits - 1) if signed else 0 <= x < 2**bits)
     if ty[:2] in ("fp", "bf"):
-        return isinstance(x, (int, float))
+        return isinstance(x, numbers.Real)  # NumPy's too
     return bool(_type(x) == ty.replace("*k", "*", 1))  # *k: to constants
 
 

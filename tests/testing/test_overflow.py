@@ -213,7 +213,64 @@ def grid_kernel(X, Y, n, BLOCK: tl.constexpr):
     tl.store(Y + tl.program_id(1) * 40000 + tl.arange(0, BLOCK), 0.0)
 
 
+@triton.jit
+def masks_kernel(X, Y, n, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    tl.store(Y + i, 0.0, mask=i * n < 5)
+
+
+@triton.jit
+def counts_to_kernel(X, Y, n, BLOCK: tl.constexpr):
+    for _ in range(n * n):
+        tl.store(Y + tl.arange(0, BLOCK), 0.0)
+
+
+@triton.jit
+def takes_one_of_two_kernel(X, Y, n, BLOCK: tl.constexpr):
+    at = 0
+    if n > 5:
+        at = 1
+    else:
+        at = n * n
+    tl.store(Y + at + tl.arange(0, BLOCK), 0.0)
+
+
+@triton.jit
+def cuts_kernel(X, Y, n, BLOCK: tl.constexpr):
+    tl.store(Y + (n.to(tl.int64) * n).to(tl.int32), 0.0)
+
+
+@triton.jit
+def compares_unsigned_kernel(X, Y, n, BLOCK: tl.constexpr):
+    tl.store(Y + tl.arange(0, BLOCK), 0.0, mask=n.to(tl.uint32) - 5 < tl.arange(0, BLOCK).to(tl.uint32))
+
+
+@triton.jit
+def _or(a, b):
+    return a | b
+
+
+@triton.jit
+def ors_kernel(X, Y, n, BLOCK: tl.constexpr):
+    """5 | 2 is no element; times 2**28 it does not fit."""
+    tl.store(Y + tl.reduce(tl.arange(0, BLOCK) % 6, 0, _or) * 400000000, 0.0)
+
+
+@triton.jit
+def finds_kernel(X, Y, n, BLOCK: tl.constexpr):
+    at = tl.argmax(tl.load(X + tl.arange(0, BLOCK)), 0)
+    tl.store(Y + at * 1000, 0.0)
+
+
+def test_what_may_not_though_it_is_chosen() -> None:
+    assert found(finds_kernel, 5) == []
+
+
 def test_all_that_steers() -> None:
+    for kernel in (masks_kernel, counts_to_kernel, takes_one_of_two_kernel, cuts_kernel):
+        assert found(kernel, 5) != [], kernel.__name__
+    for kernel in (compares_unsigned_kernel, ors_kernel):
+        assert found(kernel, 5) != [], kernel.__name__
     assert found(sums_kernel, 5, SMALL=True) == []
     assert "tt.reduce" in {operation for operation, _ in found(sums_kernel, 5, SMALL=False)}
     for kernel in (splits_kernel, chooses_kernel, branches_kernel, unsigned_kernel, counts_down_kernel, grid_kernel):
